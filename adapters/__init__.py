@@ -1,0 +1,1 @@
+"""VB-LoRA itself: reading, composing, blending and merging adapters. Knows torch and safetensors, nothing of HTTP."""
