@@ -1,0 +1,90 @@
+"""May this adapter run on this base model? Its layout answers, and the values of its extras if it has any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.errors import BaseModelMismatch, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
+from adapters.layers import AdaptedModel
+from adapters.layout import EMBEDDING_NAMES, MODULE_PREFIX, AdapterLayout, extra_owner
+from adapters.safetensors_header import TensorSpec
+from adapters.targets import check_binding
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What the loaded base answers to: Hub ids and aliases in full, and the last part of a local path.
+
+    An adapter that names one of `names` was trained on this base. A local directory proves nothing about what
+    is in it, so an adapter whose base has the same last part (`folder_name`) is taken with a warning.
+    """
+
+    names: frozenset[str]
+    folder_name: str | None = None
+
+
+def check_base_name(named: str | None, base: BaseIdentity) -> str | None:
+    """Compares the base that an adapter's config names with the loaded one. Returns a warning, or None.
+
+    Only a Hub id (`org/name`) that is not this base's is refused, with BaseModelMismatch: a local path, or no name at
+    all, is no evidence.
+    """
+    if named is None:
+        return "the config names no base model; shapes alone say that the adapter fits"
+    if named.lower() in {name.lower() for name in base.names}:
+        return None
+    if not _HUB_ID.fullmatch(named):
+        return f"the config names the base {named!r}, a local path or alias; shapes alone say that the adapter fits"
+    if base.folder_name is not None and named.rsplit("/", 1)[-1].lower() == base.folder_name.lower():
+        return f"the config names the base {named!r}; the loaded one was taken for it by its folder's name"
+    ours = ", ".join(sorted(base.names)) or "a local model"
+    raise BaseModelMismatch(
+        f"the adapter was trained on {named!r} but this server runs {ours}; if they are the same weights, upload with "
+        "allow_base_mismatch=true or start the server with --base-alias",
+        subject="base_model_name_or_path",
+    )
+
+
+def check_layout(layout: AdapterLayout, model: AdaptedModel) -> None:
+    """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError."""
+    check_binding(layout.config, layout.layers, model.modules)
+    for spec in layout.extras:
+        _check_extra(spec, model)
+
+
+def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
+    owner, attribute = extra_owner(spec.key), spec.key.rpartition(".")[2]
+    own = model.tensor(f"{owner}.{attribute}")
+    if own is None:
+        raise UnexpectedTensor(
+            f"the file holds {spec.key!r}, but the base model has no {owner}.{attribute}", subject=spec.key
+        )
+    if tuple(own.shape) != spec.shape:
+        resized = owner.rsplit(".", 1)[-1] in EMBEDDING_NAMES
+        what = "the vocabulary was resized in training, which" if resized else "another shape"
+        raise ShapeMismatch(
+            f"{spec.key} has shape {list(spec.shape)} but the base's is {list(own.shape)}; {what} cannot be served",
+            subject=spec.key,
+        )
+
+
+def check_extras(extras: Mapping[str, Tensor], model: AdaptedModel) -> None:
+    """Refuses trained biases and saved modules that differ from the base's own, by UnsupportedCheckpoint.
+
+    One that equals the base's (PEFT stores `lm_head` unasked when it is a target) changes nothing and is taken.
+    """
+    for key, tensor in extras.items():
+        own = model.tensor(f"{extra_owner(key)}.{key.rpartition('.')[2]}")
+        if own is None or not torch.equal(tensor.to(own), own):
+            raise UnsupportedCheckpoint(
+                f"the adapter trains {key.removeprefix(MODULE_PREFIX)!r} besides VB-LoRA; trained biases and saved "
+                "modules are counted but cannot be served yet: train with bias='none' and without modules_to_save",
+                subject=key,
+            )

@@ -1,0 +1,225 @@
+"""adapter_config.json of a VB-LoRA adapter, parsed and validated once.
+
+Field names and defaults are those of `peft.VBLoRAConfig` (PEFT 0.21). Keys that matter only to training, or that
+other PEFT versions add, are carried along unread in `extra`, so that writing a config back loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import BadConfig, MissingTensor, UnsupportedCheckpoint
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+BIAS_MODES = ("none", "all", "vblora_only")
+ALL_LINEAR = "all-linear"
+
+# Bounds no real adapter comes near; they keep every product of them inside 64 bits.
+_MAX_INT = 2**31 - 1
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VBLoRAConfig:
+    """The fields of an adapter_config.json that decide what a VB-LoRA checkpoint means.
+
+    `target_modules` and `exclude_modules` are a tuple of names, a regular expression (a string), or None.
+    `layers_to_transform` is None or a tuple of layer numbers; `layers_pattern` a tuple, empty when not given.
+    """
+
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    save_only_topk_weights: bool = False
+    target_modules: Names | str | None = None
+    exclude_modules: Names | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: Names = ()
+    bias: str = "none"
+    modules_to_save: Names = ()
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.topk > self.num_vectors:
+            raise BadConfig(
+                f"topk is {self.topk} but num_vectors is {self.num_vectors}; topk must not exceed it",
+                subject="topk",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise BadConfig(
+                "layers_pattern is set but layers_to_transform is not; set both or neither",
+                subject="layers_pattern",
+            )
+        if self.bias not in BIAS_MODES:
+            raise BadConfig(f"bias is {self.bias!r}; it must be one of {', '.join(BIAS_MODES)}", subject="bias")
+
+    @property
+    def targets_all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    @classmethod
+    def read(cls, directory: Path) -> VBLoRAConfig:
+        """The config of a PEFT adapter directory.
+
+        Raises MissingTensor without the file, BadConfig for one that is malformed, UnsupportedCheckpoint for
+        another `peft_type`.
+        """
+        path = directory / CONFIG_FILE
+        if not path.is_file():
+            raise MissingTensor(f"no {CONFIG_FILE} in the adapter directory", subject=CONFIG_FILE)
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BadConfig(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES:,} bytes", subject=CONFIG_FILE)
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, raw: bytes | str) -> VBLoRAConfig:
+        """The config in a JSON text. Raises BadConfig or UnsupportedCheckpoint."""
+        try:
+            values = json.loads(raw, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise BadConfig(f"{CONFIG_FILE} is not valid JSON: {error}", subject=CONFIG_FILE) from error
+        if not isinstance(values, dict):
+            raise BadConfig(f"{CONFIG_FILE} must hold a JSON object", subject=CONFIG_FILE)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VBLoRAConfig:
+        """The config in a mapping of PEFT's keys. Raises BadConfig naming the key, or UnsupportedCheckpoint."""
+        peft_type = values.get("peft_type")
+        if peft_type != "VBLORA":
+            raise UnsupportedCheckpoint(
+                f"peft_type is {peft_type!r}; this server takes VB-LoRA adapters, whose peft_type is 'VBLORA'",
+                subject="peft_type",
+            )
+        rest = {key: value for key, value in values.items() if key != "peft_type"}
+        read = _Reader(rest)
+        return cls(
+            r=read.positive("r", 4),
+            num_vectors=read.positive("num_vectors", 256),
+            vector_length=read.positive("vector_length", 256),
+            topk=read.positive("topk", 2),
+            save_only_topk_weights=read.boolean("save_only_topk_weights"),
+            target_modules=read.names_or_regex("target_modules"),
+            exclude_modules=read.names_or_regex("exclude_modules"),
+            layers_to_transform=read.layer_numbers("layers_to_transform"),
+            layers_pattern=read.names("layers_pattern"),
+            bias=read.text("bias") or "none",
+            modules_to_save=read.names("modules_to_save"),
+            task_type=read.text("task_type"),
+            base_model_name_or_path=read.text("base_model_name_or_path"),
+            init_vector_bank_bound=read.number("init_vector_bank_bound", 0.02),
+            init_logits_std=read.number("init_logits_std", 0.1),
+            extra=rest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's keys, sorted; PEFT's `VBLoRAConfig` loads it."""
+        values: dict[str, Any] = {
+            **self.extra,
+            "peft_type": "VBLORA",
+            "r": self.r,
+            "num_vectors": self.num_vectors,
+            "vector_length": self.vector_length,
+            "topk": self.topk,
+            "save_only_topk_weights": self.save_only_topk_weights,
+            "target_modules": _jsonable(self.target_modules),
+            "exclude_modules": _jsonable(self.exclude_modules),
+            "layers_to_transform": _jsonable(self.layers_to_transform),
+            "layers_pattern": list(self.layers_pattern) or None,
+            "bias": self.bias,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "task_type": self.task_type,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "init_vector_bank_bound": self.init_vector_bank_bound,
+            "init_logits_std": self.init_logits_std,
+        }
+        return dict(sorted(values.items()))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+class _Reader:
+    """Takes typed values out of a raw config; what nobody takes stays behind."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def positive(self, key: str, default: int) -> int:
+        value = self._values.pop(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_INT:
+            raise BadConfig(f"{key} is {value!r}; it must be a positive whole number", subject=key)
+        return value
+
+    def boolean(self, key: str) -> bool:
+        value = self._values.pop(key, False)
+        if not isinstance(value, bool):
+            raise BadConfig(f"{key} is {value!r}; it must be true or false", subject=key)
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._values.pop(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise BadConfig(f"{key} is {value!r}; it must be a number of at least 0", subject=key)
+        return float(value)
+
+    def text(self, key: str) -> str | None:
+        value = self._values.pop(key, None)
+        if value is not None and not isinstance(value, str):
+            raise BadConfig(f"{key} is {value!r}; it must be a string or null", subject=key)
+        return value
+
+    def names(self, key: str) -> Names:
+        value = self._values.pop(key, None)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return (value,) if value else ()
+        return self._name_list(key, value)
+
+    def names_or_regex(self, key: str) -> Names | str | None:
+        value = self._values.pop(key, None)
+        if value is None or isinstance(value, str):
+            return value
+        return self._name_list(key, value)
+
+    def layer_numbers(self, key: str) -> tuple[int, ...] | None:
+        value = self._values.pop(key, None)
+        if value is None:
+            return None
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+            raise BadConfig(f"{key} is {value!r}; it must be a whole number or a list of them", subject=key)
+        # PEFT takes an empty list as "every layer".
+        return tuple(numbers) or None
+
+    @staticmethod
+    def _name_list(key: str, value: object) -> Names:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise BadConfig(f"{key} is {value!r}; it must be a list of names, a string or null", subject=key)
+        return tuple(value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated!r} stands twice")
+    return values
+
+
+def _jsonable(value: tuple[Any, ...] | str | None) -> list[Any] | str | None:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,49 @@
+"""Writes adapters as PEFT directories: compact or with full logits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint
+from adapters.config import CONFIG_FILE
+from adapters.safetensors_header import WEIGHTS_FILE
+
+
+def write_adapter(checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path) -> None:
+    """Writes a PEFT adapter directory that PEFT and this project load.
+
+    The directory appears whole or not at all. Raises FileExistsError if it exists and is not empty.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} already exists and is not an empty directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
+        save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staged / CONFIG_FILE).write_text(checkpoint.config.to_json(), encoding="utf-8")
+        _publish(staged, directory)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _publish(staged: Path, directory: Path) -> None:
+    for path in (*staged.iterdir(), staged):
+        _fsync(path)
+    staged.chmod(0o755)
+    os.replace(staged, directory)
+    _fsync(directory.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,266 @@
+"""The adapters that are live on one base model: taken in, checked, loaded when first needed, pinned while in use.
+
+The store keeps files and names; the registry keeps what running requests need. An adapter's compact tensors stay in
+memory from its first use; its factors are composed when needed and evicted, least recently used first, when they exceed
+the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.binding import BaseIdentity, check_base_name, check_extras, check_layout
+from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable
+from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
+from adapters.layout import read_layout
+from adapters.store import AdapterRecord, AdapterStore, digest_of
+
+log = logging.getLogger(__name__)
+
+
+class AdapterState(StrEnum):
+    """STORED: on disk. LOADING: being read and composed. READY: its factors are in memory. FAILED: cannot be served."""
+
+    STORED = "STORED"
+    LOADING = "LOADING"
+    READY = "READY"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """How one version stands. `reason` says why it FAILED; `last_used` is a Unix time, None if never."""
+
+    state: AdapterState
+    reason: str | None
+    resident_bytes: int
+    pins: int
+    last_used: float | None
+
+
+@dataclass(slots=True)
+class _Live:
+    """One digest's state in memory. Written under the registry's lock."""
+
+    compact: TopKCheckpoint | None = None
+    factors: AdapterFactors | None = None
+    loading: bool = False
+    failure: AdapterError | None = None
+    pins: int = 0
+    last_used: float | None = None
+
+
+class AdapterRegistry:
+    """Registers adapters on one base model and hands out their factors.
+
+    Every method may be called from any thread; `register` and `pin` read files and compose: keep them off event loops.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        model: AdaptedModel,
+        identity: BaseIdentity,
+        *,
+        factor_budget: int,
+        device: torch.device,
+    ) -> None:
+        self._store = store
+        self._model = model
+        self._identity = identity
+        self._budget = factor_budget
+        self._device = device
+        self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
+        self._changed = threading.Condition()
+
+    @property
+    def store(self) -> AdapterStore:
+        return self._store
+
+    def check_stored(self) -> int:
+        """Checks at start that every stored version still binds to the base; returns how many do not.
+
+        Those are FAILED, with the reason; the others are served.
+        """
+        failures = 0
+        for tenant, name, version in self._store.all_versions():
+            try:
+                check_layout(read_layout(self._store.path(version.digest)), self._model)
+            except AdapterError as error:
+                failures += 1
+                self._fail(version.digest, error)
+                log.warning("adapter %r (tenant %r, %s): %s", name, tenant, version.digest, error.message)
+        return failures
+
+    def register(
+        self, tenant: str, name: str, staged: Path, *, replace: bool = False, allow_base_mismatch: bool = False
+    ) -> AdapterRecord:
+        """Takes a staged adapter directory in: reads it strictly, binds it to the base, publishes it under `name`.
+
+        Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
+        """
+        checkpoint = read_checkpoint(staged)
+        warnings = self._check(checkpoint, allow_base_mismatch=allow_base_mismatch)
+        compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+        record = self._store.publish(tenant, name, staged, describe(checkpoint, warnings), replace=replace)
+        with self._changed:
+            live = self._live.setdefault(record.digest, _Live())
+            live.compact, live.failure = compact, None
+        return record
+
+    def pin(self, digest: str) -> AdapterFactors:
+        """The factors of one version, in memory until `unpin`. Loads and composes them if need be.
+
+        Raises AdapterNotFound (deleted meanwhile), AdapterUnavailable (FAILED), AdapterTooLarge, or CheckpointError.
+        """
+        with self._changed:
+            live = self._live.setdefault(digest, _Live())
+            self._live.move_to_end(digest)
+            live.pins += 1
+            live.last_used = time.time()
+            while live.loading:
+                self._changed.wait()
+            if live.factors is not None:
+                return live.factors
+            live.loading = live.failure is None
+            failure = live.failure
+        if failure is not None:
+            self.unpin(digest)
+            raise AdapterUnavailable(f"the adapter cannot be served: {failure.message}", subject=digest)
+        return self._load(digest, live)
+
+    def unpin(self, digest: str) -> None:
+        """Gives a pin back. Factors that nobody pins may be evicted from then on."""
+        with self._changed:
+            live = self._live[digest]
+            assert live.pins > 0
+            live.pins -= 1
+            self._evict()
+            if live.pins == 0 and not self._store.digest_in_use(digest):
+                del self._live[digest]
+
+    def forget_deleted(self, digests: list[str]) -> None:
+        """Drops from memory what no name refers to any more and no request holds."""
+        with self._changed:
+            for digest in digests:
+                live = self._live.get(digest)
+                if live is not None and live.pins == 0 and not self._store.digest_in_use(digest):
+                    del self._live[digest]
+
+    def status(self, digest: str) -> AdapterStatus:
+        with self._changed:
+            live = self._live.get(digest) or _Live()
+            resident = (live.compact.nbytes if live.compact else 0) + (live.factors.nbytes if live.factors else 0)
+            reason = live.failure.message if live.failure else None
+            return AdapterStatus(_state(live), reason, resident, live.pins, live.last_used)
+
+    def resident_bytes(self) -> tuple[int, int]:
+        """Bytes in memory of (compact tensors, composed factors)."""
+        with self._changed:
+            compact = sum(live.compact.nbytes for live in self._live.values() if live.compact)
+            return compact, self._factor_bytes()
+
+    def _check(self, checkpoint: TopKCheckpoint | LogitsCheckpoint, *, allow_base_mismatch: bool) -> list[str]:
+        warnings = []
+        if not allow_base_mismatch:
+            warning = check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
+            warnings += [warning] if warning else []
+        check_layout(checkpoint.layout, self._model)
+        check_extras(checkpoint.extras, self._model)
+        return warnings
+
+    def _load(self, digest: str, live: _Live) -> AdapterFactors:
+        """Composes the factors outside the lock; whoever else wants them waits for `loading` to end."""
+        try:
+            compact = live.compact or self._read(digest)
+            factors = self._compose(digest, compact)
+        except BaseException as error:
+            with self._changed:
+                live.loading = False
+                if isinstance(error, AdapterError) and not isinstance(error, (AdapterNotFound, AdapterTooLarge)):
+                    live.failure = error
+                self._changed.notify_all()
+            self.unpin(digest)
+            raise
+        with self._changed:
+            live.compact, live.factors, live.loading = compact, factors, False
+            self._evict()
+            self._changed.notify_all()
+        return factors
+
+    def _read(self, digest: str) -> TopKCheckpoint:
+        directory = self._store.path(digest)
+        if not directory.is_dir():
+            raise AdapterNotFound("the adapter was deleted", subject=digest)
+        if digest_of(directory) != digest:
+            raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
+        checkpoint = read_checkpoint(directory)
+        check_layout(checkpoint.layout, self._model)
+        check_extras(checkpoint.extras, self._model)
+        return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+
+    @torch.inference_mode()
+    def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
+        size = 4 * compact.layout.parameters().lora_params
+        if size > self._budget:
+            raise AdapterTooLarge(
+                f"the adapter's factors take {size:,} bytes but adapters may take {self._budget:,} in all; "
+                "raise --adapter-memory",
+                subject=digest,
+            )
+        layers = {
+            layer.name: LayerFactors(a.contiguous().to(self._device), b_t.contiguous().to(self._device))
+            for layer, a, b_t in compact.factors()
+        }
+        return AdapterFactors(digest, layers)
+
+    def _factor_bytes(self) -> int:
+        return sum(live.factors.nbytes for live in self._live.values() if live.factors)
+
+    def _evict(self) -> None:
+        """Drops the factors of unpinned adapters, least recently used first, until the rest fits the budget."""
+        excess = self._factor_bytes() - self._budget
+        for live in self._live.values():
+            if excess <= 0:
+                return
+            if live.pins == 0 and live.factors is not None:
+                excess -= live.factors.nbytes
+                live.factors = None
+
+    def _fail(self, digest: str, error: AdapterError) -> None:
+        with self._changed:
+            self._live.setdefault(digest, _Live()).failure = error
+
+
+def describe(checkpoint: TopKCheckpoint | LogitsCheckpoint, warnings: list[str]) -> Mapping[str, Any]:
+    """What the store keeps of an adapter besides its files, so that listing adapters opens none.
+
+    Keys: `config` (PEFT's), `parameters` (ParameterCount.to_dict()), `target_modules` (the layers
+    adapted), `resumable` (whether training can go on from it) and `warnings`.
+    """
+    return {
+        "config": checkpoint.config.to_dict(),
+        "parameters": checkpoint.layout.parameters().to_dict(),
+        "target_modules": [layer.name for layer in checkpoint.layout.layers],
+        "resumable": isinstance(checkpoint, LogitsCheckpoint) and checkpoint.resumable,
+        "warnings": warnings,
+    }
+
+
+def _state(live: _Live) -> AdapterState:
+    if live.failure is not None:
+        return AdapterState.FAILED
+    if live.loading:
+        return AdapterState.LOADING
+    return AdapterState.READY if live.factors is not None else AdapterState.STORED

@@ -1,0 +1,21 @@
+"""The adapter store: files by digest on disk; names, versions and activations in SQLite.
+
+    data_dir/
+      lock                     held by the one process that owns the directory
+      store.sqlite3            what exists: names, versions, which of them is current, what is active
+      blobs/sha256/<64 hex>/   one directory per distinct adapter, never changed after it appears
+      tmp/                     uploads in progress and removals in progress; emptied at every start
+
+The database is the truth. A blob is complete and on disk before the row that names it is committed, and is
+removed only after the last such row is gone, so a process killed anywhere in between leaves files that nothing
+refers to, never a row without its files. The next start sweeps those files up.
+
+No torch here: the store opens in milliseconds.
+"""
+
+from adapters.store.files import digest_of
+from adapters.store.names import check_name
+from adapters.store.records import Activation, AdapterRecord, AdapterVersion
+from adapters.store.store import AdapterStore
+
+__all__ = ["Activation", "AdapterRecord", "AdapterStore", "AdapterVersion", "check_name", "digest_of"]

@@ -1,0 +1,114 @@
+"""Adapters' files by digest. A directory appears under its digest whole, by a rename, and leaves the same way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters.errors import AdapterError
+from adapters.store import files
+from adapters.store.names import check_digest
+
+logger = logging.getLogger(__name__)
+
+_HEX_DIGITS = 64
+
+
+class BlobDirectory:
+    """`blobs/sha256/<hex>/`, and the `tmp/` beside it on the same file system, from which blobs are renamed."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.root = data_dir / "blobs" / "sha256"
+        self._tmp = data_dir / "tmp"
+        for directory in (self.root, self._tmp):
+            files.make_directory(directory)
+
+    def path(self, digest: str) -> Path:
+        """Where the files of `digest` are if they are stored. Raises InvalidSelection for what is no digest."""
+        check_digest(digest)
+        return self.root / digest.removeprefix("sha256:")
+
+    def digests(self) -> Iterator[str]:
+        """Every digest that has a directory; entries that are not ours are passed over."""
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if len(entry.name) == _HEX_DIGITS and set(entry.name) <= set("0123456789abcdef"):
+                    yield f"sha256:{entry.name}"
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A private directory under tmp/, gone afterwards unless it was placed.
+
+        A disk that fills up inside the block is StorageFull.
+        """
+        with files.storage_errors():
+            directory = Path(tempfile.mkdtemp(prefix="staging-", dir=self._tmp))
+        try:
+            yield directory
+        except OSError as error:
+            if files.is_full(error):
+                raise files.storage_full() from error
+            raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def seal(self, staged: Path) -> tuple[str, int]:
+        """Put a staged directory's files on the disk, and return their digest and their bytes together."""
+        assert staged.is_relative_to(self._tmp), "only what was staged here can be renamed into place"
+        files.make_durable(staged)
+        size = sum(path.lstat().st_size for path in files.regular_files(staged))
+        return files.digest_of(staged), size
+
+    def place(self, staged: Path, digest: str) -> None:
+        """Give a sealed directory its place. One already there is kept if intact, and replaced if it is damaged."""
+        target = self.path(digest)
+        if os.path.lexists(target):
+            if self._is_intact(target, digest):
+                return
+            logger.warning("the stored files of %s were damaged; replacing them", digest)
+            self.remove(digest)
+        os.rename(staged, target)
+        files.fsync_directory(self.root)
+
+    def remove(self, digest: str) -> None:
+        """Take a blob away. It leaves by a rename into tmp/, so that a crash never leaves half of it in place."""
+        grave = self._tmp / f"removed-{secrets.token_hex(8)}"
+        try:
+            os.rename(self.path(digest), grave)
+        except FileNotFoundError:
+            return
+        _remove_tree(grave)
+
+    def clear_tmp(self) -> int:
+        """Remove what a process that was killed left in tmp/; the number of things removed."""
+        leftovers = list(self._tmp.iterdir())
+        for path in leftovers:
+            _remove_tree(path)
+        return len(leftovers)
+
+    def sweep(self, in_use: Collection[str]) -> int:
+        """Remove every blob that is not in use; the number removed."""
+        orphans = [digest for digest in self.digests() if digest not in in_use]
+        for digest in orphans:
+            self.remove(digest)
+        return len(orphans)
+
+    @staticmethod
+    def _is_intact(target: Path, digest: str) -> bool:
+        try:
+            return files.digest_of(target) == digest
+        except (OSError, AdapterError):
+            return False
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

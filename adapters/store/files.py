@@ -1,0 +1,129 @@
+"""Files that survive a crash: the digest of a directory, fsync, and what a full disk is called."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters.errors import StorageFull, StoreError, UnsupportedCheckpoint
+
+_CHUNK = 1 << 20
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def regular_files(directory: Path) -> list[Path]:
+    """The files of a flat directory, sorted by name.
+
+    Raises UnsupportedCheckpoint when the directory is empty or holds anything else: a subdirectory, a symbolic
+    link (never followed), a name that is not UTF-8.
+    """
+    with os.scandir(directory) as entries:
+        found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    for entry in found:
+        if not entry.is_file(follow_symlinks=False):
+            raise UnsupportedCheckpoint(
+                f"{entry.name!r} is not a regular file: an adapter is a flat directory of plain files",
+                subject=entry.name,
+            )
+        if not _is_utf8(entry.name):
+            raise UnsupportedCheckpoint(f"the file name {entry.name!r} is not UTF-8: rename the file")
+    if not found:
+        raise UnsupportedCheckpoint("the adapter has no files")
+    return [Path(entry.path) for entry in found]
+
+
+def digest_of(directory: Path) -> str:
+    """An adapter's identity, "sha256:<64 hex>".
+
+    The hash runs over the files in order of their names' UTF-8 bytes, each written as
+
+        length of name (8 bytes, big endian) · name (UTF-8) · length of file (8 bytes, big endian) · its bytes
+
+    so that no two directories share an encoding. Modes and times do not count. Raises UnsupportedCheckpoint for
+    anything but plain files, StoreError for a file that changes while it is read.
+    """
+    digest = hashlib.sha256()
+    for path in regular_files(directory):
+        name = path.name.encode()
+        digest.update(len(name).to_bytes(8, "big") + name)
+        _update_with_file(digest, path)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _update_with_file(digest: hashlib._Hash, path: Path) -> None:
+    with open(_open_plain(path), "rb", buffering=0) as file:
+        expected = os.fstat(file.fileno()).st_size
+        digest.update(expected.to_bytes(8, "big"))
+        size = 0
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    if size != expected:
+        raise StoreError(f"{path.name!r} changed while it was read: try again", subject=path.name)
+
+
+def make_durable(directory: Path) -> None:
+    """Make the directory and its files private (0700, 0600) and put them on the disk, contents before names."""
+    for path in regular_files(directory):
+        descriptor = _open_plain(path)
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    os.chmod(directory, 0o700)
+    fsync_directory(directory)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Put a directory's entries on the disk: a rename into it is durable only after this."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Create a private directory, durably, with its parents; one that exists is left as it is."""
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    fsync_directory(directory.parent)
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Inside, what the file system refuses becomes StorageFull or, for any other reason, StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise storage_full() from error
+        raise StoreError(f"the adapter store cannot use its files: {error}") from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or our quota of it, is used up."""
+    return error.errno in _NO_SPACE
+
+
+def storage_full() -> StorageFull:
+    return StorageFull("the disk under the adapter store is full: delete adapters or make room, then try again")
+
+
+def _open_plain(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

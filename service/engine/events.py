@@ -1,0 +1,87 @@
+"""All that the engine says back about a request.
+
+A request's events are any number of TokenEvents and then exactly one terminal event: FinishedEvent or FailedEvent.
+They are delivered to the sink that came with the request, from the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token's log-probability in the raw distribution, and the likeliest tokens of its position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New output of one choice.
+
+    `text` is what can be shown now: it is held back while a character is half received or a stop string might begin, so
+    it may be empty, and comes to the whole text when all of a choice's events are joined. The choice's last event
+    carries `finish_reason`.
+    """
+
+    request_id: str
+    choice: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds since the request was submitted: to its first step, to its first token, to its end."""
+
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """Terminal: every choice has ended. `mode` says how the selection ran: "switch" or "merge"."""
+
+    request_id: str
+    usage: Usage
+    timing: Timing
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """Terminal: the request was accepted and could not be answered. `code` is one of the error envelope's codes."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+Event = TokenEvent | FinishedEvent | FailedEvent
+EventSink = Callable[[Event], None]

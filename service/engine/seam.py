@@ -1,0 +1,71 @@
+"""The seam between the HTTP layer and the engine: what `service.api` may ask, and what tests may fake."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+from adapters.merge import FoldReport
+from service.engine.events import EventSink
+from service.engine.selection import Selection
+from service.engine.sequence import GenerationRequest
+
+
+class EngineState(Enum):
+    """READY takes requests; DRAINING finishes those it has; STOPPED was asked to end; DEAD lost its thread."""
+
+    READY = auto()
+    DRAINING = auto()
+    STOPPED = auto()
+    DEAD = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One moment of the engine: choices waiting and running, adapters in the batch, tokens since start, folds."""
+
+    waiting: int
+    running: int
+    distinct_adapters: int
+    prompt_tokens: int
+    completion_tokens: int
+    folds: int
+
+
+class Engine(Protocol):
+    """Answers generation requests. Every method may be called from any thread and none blocks for a step."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens, prompt and output together, that one request may have."""
+        ...
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        """Accepts a request, whose events go to `sink`, from the engine's threads, ending in one terminal event.
+
+        Raises EngineError instead of accepting: InvalidRequest, ContextLengthExceeded, Overloaded, EngineUnavailable.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request: its choices finish as `cancelled`. Unknown and finished ids are ignored."""
+        ...
+
+    def fold(self, selection: Selection) -> Future[FoldReport]:
+        """Folds a selection into the base weights when the batch allows, and says what rounding that cost."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the accepted ones to end; False when some were still running."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the thread; requests still running fail. Blocks until it has ended."""
+        ...
