@@ -195,7 +195,7 @@ def _checked_logits(key: str, logits: Tensor) -> Tensor:
 
 def _checked_indices(key: str, indices: Tensor, config: VBLoRAConfig) -> Tensor:
     """[positions, topk] in PEFT's dtype. In range and distinct within each position, or BadIndex."""
-    wide = indices.to(torch.int64).reshape(-1, config.topk)
+    wide = indices.to(torch.int64).flatten(0, 1)
     if bool(((wide < 0) | (wide >= config.num_vectors)).any()):
         raise BadIndex(
             f"{key} holds an index outside the bank of {config.num_vectors} vectors (0 to {config.num_vectors - 1})",
@@ -210,7 +210,7 @@ def _checked_indices(key: str, indices: Tensor, config: VBLoRAConfig) -> Tensor:
 def _checked_weights(key: str, weights: Tensor, config: VBLoRAConfig) -> Tensor:
     """[positions, topk - 1]. Each in [0, 1] and no sum above 1 by more than rounding, or BadWeights."""
     _finite(key, weights)
-    flat = weights.reshape(-1, config.topk - 1)
+    flat = weights.flatten(0, 1)
     if bool(((flat < 0) | (flat > 1)).any()):
         raise BadWeights(f"{key} holds a weight outside [0, 1]", subject=key)
     # A softmax rounded to its storage dtype can sum to a little more than 1.

@@ -2,6 +2,7 @@
 
     data_dir/
       lock                     held by the one process that owns the directory
+      reserve                  room kept back, so that a full disk can still be emptied
       store.sqlite3            what exists: names, versions, which of them is current, what is active
       blobs/sha256/<64 hex>/   one directory per distinct adapter, never changed after it appears
       tmp/                     uploads in progress and removals in progress; emptied at every start

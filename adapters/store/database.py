@@ -108,7 +108,10 @@ class Database:
             self._roll_back()
             if _primary_code(error) == sqlite3.SQLITE_FULL:  # the commit mark, written last, found no room
                 raise storage_full() from error
-            raise CommitUncertain(f"the adapter store could not commit to {self.path}: {error}") from error
+            raise CommitUncertain(
+                f"the adapter store could not commit to {self.path}: {error}; "
+                "check the disk, and restart to see whether the change was kept"
+            ) from error
 
     def _roll_back(self) -> None:
         if self.connection.in_transaction:
@@ -116,16 +119,16 @@ class Database:
                 self.connection.execute("ROLLBACK")
 
     def _refuse_foreign(self) -> None:
+        is_empty = self._pragma("schema_version") == 0
+        if not is_empty and self._pragma("application_id") != schema.APPLICATION_ID:
+            raise StoreCorrupt(
+                f"{self.path} is a SQLite database, but not an adapter store's: choose another data directory"
+            )
         version = self._pragma("user_version")
         if version > schema.VERSION:
             raise StoreCorrupt(
                 f"{self.path} has schema {version}, and this release knows schemas up to {schema.VERSION}: "
                 "start the newer release that wrote it, or restore a backup from before the upgrade"
-            )
-        is_empty = self._pragma("schema_version") == 0
-        if not is_empty and self._pragma("application_id") != schema.APPLICATION_ID:
-            raise StoreCorrupt(
-                f"{self.path} is a SQLite database, but not an adapter store's: choose another data directory"
             )
 
     def _refuse_damaged(self) -> None:

@@ -15,6 +15,7 @@ from adapters.errors import (
     AdapterNotFound,
     AdapterUnavailable,
     InvalidSelection,
+    StorageFull,
     StoreCorrupt,
     StoreError,
 )
@@ -25,6 +26,7 @@ from adapters.store.files import make_directory, storage_errors
 from adapters.store.lock import DirectoryLock
 from adapters.store.names import check_name, is_name
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
+from adapters.store.reserve import Reserve
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class AdapterStore:
             self._database.migrate()
             with self._reading() as catalog:
                 orphans = self._blobs.sweep(catalog.digests())
+            self._reserve = Reserve(data_dir / "reserve")
+            self._reserve.fill()
             self._opened = opened.pop_all()
         if leftovers or orphans:
             logger.info("swept up %d leftovers and %d unreferenced adapters' files", leftovers, orphans)
@@ -143,10 +147,13 @@ class AdapterStore:
     def delete(self, tenant: str, name: str) -> AdapterRecord:
         """Deactivate and forget an adapter with all its versions; what it was. Raises AdapterNotFound."""
         with self._lock:
-            with self._writing() as catalog:
-                record = _find(catalog, tenant, name)
-                catalog.delete(tenant, name)
+            try:
+                record = self._forget(tenant, name)
+            except StorageFull:
+                self._reserve.release()
+                record = self._forget(tenant, name)
             self._drop_unreferenced(version.digest for version in record.versions)
+            self._reserve.fill()
         return record
 
     def rollback(self, tenant: str, name: str, digest_prefix: str) -> AdapterRecord:
@@ -228,6 +235,13 @@ class AdapterStore:
                 catalog.put(tenant, name, version)
                 pruned = catalog.prune(tenant, name, self._keep_versions)
             return _find(catalog, tenant, name), pruned
+
+    def _forget(self, tenant: str, name: str) -> AdapterRecord:
+        """The transaction of `delete`."""
+        with self._writing() as catalog:
+            record = _find(catalog, tenant, name)
+            catalog.delete(tenant, name)
+        return record
 
     def _drop_unreferenced(self, digests: Iterable[str]) -> None:
         """Remove the files that no version has any more. The caller holds the lock since it changed the rows.

@@ -1,0 +1,171 @@
+"""Loads the base model: weights, tokenizer, and what adapters are held against."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from adapters.binding import BaseIdentity
+from adapters.layers import AdaptedModel
+from adapters.targets import BaseModules
+from service.engine.tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_CONTEXT = 4096  # for the few architectures whose config names no limit (ALiBi)
+
+# A snapshot in the Hugging Face cache: models--org--name/snapshots/<commit>
+_CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
+
+
+class BaseModelError(Exception):
+    """The base model cannot be loaded; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedBase:
+    """A base model ready to serve adapters. `fingerprint` identifies its weights; `created` is a Unix time."""
+
+    id: str
+    model_type: str
+    adapted: AdaptedModel
+    tokenizer: TextTokenizer
+    identity: BaseIdentity
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    vocabulary: int
+    eos_token_ids: frozenset[int]
+    parameters: int
+    fingerprint: str
+    created: int
+
+    @property
+    def modules(self) -> BaseModules:
+        return self.adapted.modules
+
+
+def load_base(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    served_model_name: str | None = None,
+    aliases: Iterable[str] = (),
+) -> LoadedBase:
+    """Loads a Hugging Face causal LM from a directory or by Hub id. Nothing of the model's own code is run.
+
+    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
+    """
+    where = pick_device(device)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        wanted = _dtype(dtype, where)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(where).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
+    identity = identify(model, served_model_name, aliases)
+    fingerprint = fingerprint_of(loaded)
+    modules = modules_of(loaded, config)
+    name = served_model_name or served_name(model)
+    vocabulary = loaded.get_input_embeddings().num_embeddings
+    return LoadedBase(
+        id=name,
+        model_type=config.model_type,
+        adapted=AdaptedModel(loaded, modules),
+        tokenizer=TextTokenizer(tokenizer, vocabulary),
+        identity=identity,
+        device=where,
+        dtype=loaded.dtype,
+        context=_context(config),
+        vocabulary=vocabulary,
+        eos_token_ids=_eos_token_ids(loaded, tokenizer),
+        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+        fingerprint=fingerprint,
+        created=int(time.time()),
+    )
+
+
+def modules_of(model: Any, config: Any) -> BaseModules:
+    """The modules of a transformers model as adapters see them; a model on the meta device will do."""
+    return BaseModules.of(model, model_type=config.model_type, output_layer=model.get_output_embeddings())
+
+
+def skeleton(model: str) -> BaseModules:
+    """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return modules_of(AutoModelForCausalLM.from_config(config), config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises BaseModelError for a CUDA that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError(f"device is {device!r} but this PyTorch sees no CUDA device; use --device cpu")
+    return torch.device(device)
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise BaseModelError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def served_name(model: str) -> str:
+    """What the base is called in the API: its Hub id, or the last part of its path."""
+    if Path(model).exists():
+        cached = _CACHED.search(str(Path(model).resolve()))
+        return f"{cached[1]}/{cached[2]}" if cached else Path(model).resolve().name
+    return model
+
+
+def identify(model: str, served_model_name: str | None, aliases: Iterable[str]) -> BaseIdentity:
+    """What an adapter's base_model_name_or_path may say to mean this base."""
+    names = {served_name(model), *aliases} | ({served_model_name} if served_model_name else set())
+    return BaseIdentity(frozenset(names), Path(model).resolve().name if Path(model).exists() else None)
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """16 hex digits over every parameter's name, shape, dtype and a sample of its values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _context(config: Any) -> int:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
+        if isinstance(length := getattr(text, name, None), int) and length > 0:
+            return length
+    return DEFAULT_CONTEXT
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The generation config's, else the model config's, else the tokenizer's."""
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()

@@ -1,0 +1,249 @@
+"""The engine: one thread that owns the model, and the doors to it that any thread may use.
+
+Requests come in by `submit`; a small pool of loaders pins their adapters, so that a cold adapter delays its own request
+and no other; then the model's thread takes them into the running batch between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from adapters.layers import AdapterFactors
+from adapters.merge import FoldReport
+from adapters.registry import AdapterRegistry
+from service.engine.detokenizer import Decoder
+from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
+from service.engine.events import EventSink
+from service.engine.job import Job, make_job
+from service.engine.seam import EngineState, EngineStats
+from service.engine.selection import Selection
+from service.engine.sequence import GenerationRequest, SequenceStatus
+from service.engine.worker import Worker, failure
+
+log = logging.getLogger(__name__)
+
+_LOADERS = 2
+_RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """`max_context` in tokens, prompt and output together; `max_queue` in choices accepted and not yet running."""
+
+    max_context: int
+    vocabulary: int
+    max_queue: int = 256
+
+
+class BatchEngine:
+    """Implements `service.engine.seam.Engine` over a Worker and a registry."""
+
+    def __init__(self, worker: Worker, registry: AdapterRegistry, decoder: Decoder, limits: EngineLimits) -> None:
+        self._worker = worker
+        self._registry = registry
+        self._decoder = decoder
+        self._limits = limits
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="vblora-loader")
+        self._changed = threading.Condition()  # guards _jobs and _state
+        self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
+        self._state = EngineState.READY
+        self._thread = threading.Thread(target=self._run, name="vblora-engine", daemon=True)
+
+    def start(self) -> BatchEngine:
+        self._thread.start()
+        return self
+
+    # --- called from any thread -------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def max_context(self) -> int:
+        return self._limits.max_context
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        self._check(request)
+        job = make_job(request, sink, self._decoder, self._ended)
+        with self._changed:
+            if self._state is not EngineState.READY:
+                raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+            if request.request_id in self._jobs:
+                raise InvalidRequest(f"a request with the id {request.request_id!r} is already running")
+            queued = self._queued()
+            if queued + request.n > self._limits.max_queue:
+                raise Overloaded(
+                    f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            self._jobs[request.request_id] = job
+            self._loaders.submit(self._load, job)
+
+    def cancel(self, request_id: str) -> None:
+        self._inbox.put(lambda: self._cancel(request_id))
+
+    def fold(self, selection: Selection) -> Future[FoldReport]:
+        future: Future[FoldReport] = Future()
+        self._loaders.submit(self._load_and_fold, selection, future)
+        return future
+
+    def stats(self) -> EngineStats:
+        running = self._worker.running
+        digests = {adapter.digest for sequence in running for adapter in sequence.selection.adapters}
+        with self._changed:
+            queued = self._queued()
+        return EngineStats(
+            waiting=queued,
+            running=len(running),
+            distinct_adapters=len(digests),
+            prompt_tokens=self._worker.prompt_tokens,
+            completion_tokens=self._worker.completion_tokens,
+            folds=self._worker.folds,
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        with self._changed:
+            if self._state is EngineState.READY:
+                self._state = EngineState.DRAINING
+            return self._changed.wait_for(lambda: not self._jobs, timeout_s)
+
+    def stop(self) -> None:
+        with self._changed:
+            if self._state is not EngineState.DEAD:
+                self._state = EngineState.STOPPED
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._loaders.shutdown(wait=True)
+        self._fail_all("the server stopped before the request was finished")
+
+    def _queued(self) -> int:
+        """Choices accepted and not yet running."""
+        return sum(s.status is SequenceStatus.WAITING for job in self._jobs.values() for s in job.sequences)
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt, context = len(request.prompt_ids), self._limits.max_context
+        if prompt == 0:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        if prompt + request.params.max_new_tokens > context:
+            raise ContextLengthExceeded(
+                f"the prompt has {prompt} tokens and max_new_tokens is {request.params.max_new_tokens}, together more "
+                f"than the context of {context}; shorten the prompt or ask for fewer tokens",
+                param="prompt",
+            )
+        if not all(0 <= token < self._limits.vocabulary for token in request.prompt_ids):
+            raise InvalidRequest(
+                f"the prompt holds a token id outside the vocabulary (0 to {self._limits.vocabulary - 1})",
+                param="prompt",
+            )
+
+    # --- on a loader's thread ---------------------------------------------------------------------
+
+    def _load(self, job: Job) -> None:
+        try:
+            job.factors = self._pin(job.request.selection)
+        except Exception as error:
+            code, message = failure(error)
+            log.warning("request %s: %s", job.request.request_id, error)
+            self._inbox.put(lambda: job.fail(code, message))
+            return
+        self._inbox.put(lambda: self._admit(job))
+
+    def _load_and_fold(self, selection: Selection, future: Future[FoldReport]) -> None:
+        try:
+            factors = self._pin(selection)
+        except Exception as error:
+            future.set_exception(error)
+            return
+        self._inbox.put(lambda: self._fold(selection, factors, future))
+
+    def _pin(self, selection: Selection) -> tuple[AdapterFactors, ...]:
+        """The factors of every adapter of a selection, pinned; none is if one of them cannot be."""
+        pinned: list[AdapterFactors] = []
+        try:
+            for adapter in selection.adapters:
+                pinned.append(self._registry.pin(adapter.digest))
+        except BaseException:
+            self._unpin(tuple(pinned))
+            raise
+        return tuple(pinned)
+
+    def _unpin(self, factors: tuple[AdapterFactors, ...]) -> None:
+        for adapter in factors:
+            self._registry.unpin(adapter.digest)
+
+    # --- on the model's thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._state is not EngineState.STOPPED:
+                self._take_in()
+                self._expire()
+                self._worker.step()
+        except BaseException:
+            log.exception("the engine's thread died")
+            with self._changed:
+                self._state = EngineState.DEAD
+            self._fail_all("the engine failed; the server must be restarted")
+
+    def _take_in(self) -> None:
+        """Runs the commands that have come in; with nothing else to do, waits for one."""
+        if not self._worker.has_work:
+            self._inbox.get()()
+        with suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _admit(self, job: Job) -> None:
+        if job.ended:
+            self._release(job)  # cancelled while its adapters were loading
+        else:
+            self._worker.admit(job)
+
+    def _cancel(self, request_id: str) -> None:
+        with self._changed:
+            job = self._jobs.get(request_id)
+        if job is not None:
+            job.cancel()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._jobs.values() if job.deadline is not None and job.deadline < now]
+        for job in late:
+            job.fail("request_timeout", f"the request did not finish within {job.request.timeout_s:g} s")
+
+    def _fold(self, selection: Selection, factors: tuple[AdapterFactors, ...], future: Future[FoldReport]) -> None:
+        try:
+            future.set_result(self._worker.fold(selection, factors))
+        except Exception as error:
+            log.exception("folding failed")
+            future.set_exception(error)
+        finally:
+            self._unpin(factors)
+
+    def _ended(self, job: Job) -> None:
+        """The job's terminal event has been sent."""
+        with self._changed:
+            del self._jobs[job.request.request_id]
+            self._changed.notify_all()
+        self._release(job)
+
+    def _release(self, job: Job) -> None:
+        factors, job.factors = job.factors, ()
+        self._unpin(factors)
+
+    def _fail_all(self, message: str) -> None:
+        with self._changed:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.fail("internal_error", message)

@@ -1,0 +1,157 @@
+"""One accepted request on its way through the engine: its choices, its pins, its clock, and its one terminal event."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from adapters.layers import AdapterFactors
+from service.engine.detokenizer import Decoder, TextStream
+from service.engine.events import (
+    Event,
+    EventSink,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Timing,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+from service.engine.selection import Mode
+from service.engine.sequence import GenerationRequest, Sequence, SequenceStatus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """What one choice needs besides its tokens: the generator it draws from and the text it has become."""
+
+    sequence: Sequence
+    generator: torch.Generator
+    text: TextStream
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Written by the engine's thread alone, except `factors`, which the loader sets before handing the job over."""
+
+    request: GenerationRequest
+    sink: EventSink
+    choices: list[Choice]
+    submitted: float
+    factors: tuple[AdapterFactors, ...] = ()
+    on_end: Callable[[Job], None] = lambda job: None
+    started: float | None = None
+    first_token: float | None = None
+    merged: bool = False  # whether every step so far ran folded
+    ended: bool = False
+    _open: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._open = len(self.choices)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [choice.sequence for choice in self.choices]
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self.request.timeout_s is None else self.submitted + self.request.timeout_s
+
+    def mark_step(self, *, folded: bool) -> None:
+        """Before a step that runs choices of this job."""
+        if self.started is None:
+            self.started, self.merged = time.monotonic(), folded
+        self.merged = self.merged and folded
+
+    def take_token(
+        self, choice: Choice, token_id: int, reason: FinishReason | None, logprob: TokenLogprob | None, *, hidden: bool
+    ) -> None:
+        """One more token of a choice, and its end if `reason` says so. A `hidden` token (EOS) has no text."""
+        self.first_token = self.first_token or time.monotonic()
+        choice.sequence.output_ids.append(token_id)
+        text = "" if hidden else choice.text.push(token_id)
+        if choice.text.stopped:
+            reason = FinishReason.STOP
+        elif reason is not None:
+            text += choice.text.finish()
+        if choice.text.stopped:  # a stop string may be complete only in what was held back
+            reason = FinishReason.STOP
+        logprobs = () if logprob is None else (logprob,)
+        self._emit(TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason))
+        if reason is not None:
+            self._close(choice)
+
+    def cancel(self) -> None:
+        """Ends every open choice as cancelled."""
+        for choice in self.choices:
+            if choice.sequence.status is not SequenceStatus.FINISHED:
+                self._emit(
+                    TokenEvent(
+                        self.request.request_id,
+                        choice.sequence.choice,
+                        (),
+                        choice.text.finish(),
+                        finish_reason=FinishReason.CANCELLED,
+                    )
+                )
+                self._close(choice)
+
+    def fail(self, code: str, message: str) -> None:
+        """Ends the request with FailedEvent. A request that has ended already stays as it ended."""
+        if self.ended:
+            return
+        for sequence in self.sequences:
+            sequence.status = SequenceStatus.FINISHED
+        self._end(FailedEvent(self.request.request_id, code, message))
+
+    def _close(self, choice: Choice) -> None:
+        choice.sequence.status = SequenceStatus.FINISHED
+        self._open -= 1
+        if self._open == 0:
+            self._end(self._finished())
+
+    def _finished(self) -> FinishedEvent:
+        now = time.monotonic()
+        output = sum(len(sequence.output_ids) for sequence in self.sequences)
+        timing = Timing(
+            queue_s=(self.started or now) - self.submitted,
+            first_token_s=(self.first_token or now) - self.submitted,
+            total_s=now - self.submitted,
+        )
+        mode = Mode.MERGE if self.merged else Mode.SWITCH
+        return FinishedEvent(self.request.request_id, Usage(len(self.request.prompt_ids), output), timing, mode)
+
+    def _end(self, event: FinishedEvent | FailedEvent) -> None:
+        assert not self.ended, "a request ended twice"
+        self.ended = True
+        self._emit(event)
+        self.on_end(self)
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self.sink(event)
+        except Exception:
+            # A sink belongs to the caller; its failure must not take the engine's thread down.
+            log.exception("the event sink of request %s failed", self.request.request_id)
+
+
+def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_end: Callable[[Job], None]) -> Job:
+    """A job whose choice i draws from seed + i, so that `n` choices with one seed differ and each can be repeated."""
+    seed = request.params.seed if request.params.seed is not None else secrets.randbits(62)
+    choices = [
+        Choice(
+            Sequence(request, i),
+            torch.Generator().manual_seed((seed + i) % 2**63),
+            TextStream(decoder, request.params.stop),
+        )
+        for i in range(request.n)
+    ]
+    return Job(request, sink, choices, time.monotonic(), on_end=on_end)
