@@ -79,7 +79,7 @@ class LowRankBatch:
     def __init__(self, adapters: Sequence[AdapterFactors], weights: Tensor) -> None:
         assert weights.shape[1] == len(adapters)
         self._adapters = adapters
-        self._weights = weights
+        self.weights = weights
         self._mixes: dict[str, _LayerMix | None] = {}
 
     def mix(self, layer: str) -> _LayerMix | None:
@@ -92,7 +92,7 @@ class LowRankBatch:
         present = [(i, adapter.layers[layer]) for i, adapter in enumerate(self._adapters) if layer in adapter.layers]
         if not present:
             return None
-        columns = [self._weights[:, i : i + 1].expand(-1, len(factors.a)) for i, factors in present]
+        columns = [self.weights[:, i : i + 1].expand(-1, len(factors.a)) for i, factors in present]
         a = torch.cat([factors.a for _, factors in present]) if len(present) > 1 else present[0][1].a
         b_t = torch.cat([factors.b_t for _, factors in present]) if len(present) > 1 else present[0][1].b_t
         return _LayerMix(a, b_t, torch.cat(columns, dim=1).to(a.device, torch.float32))

@@ -60,10 +60,10 @@ def _penalised(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 def _draw(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     """Inverse-CDF sampling over the tokens that top-k, top-p and min-p leave, likeliest first."""
     column = [[row.params.temperature, row.params.top_p, row.params.min_p] for row in rows]
-    temperature, top_p, min_p = torch.tensor(column, dtype=torch.float32).T.unsqueeze(-1)  # each [rows, 1]
-    # Shifted first, so that a tiny temperature overflows to -inf and never to NaN.
-    scaled = (token_logits - token_logits.amax(-1, keepdim=True)) / temperature
-    logits, order = scaled.sort(-1, descending=True, stable=True)
+    temperature, top_p, min_p = torch.tensor(column, dtype=torch.float32).T.unsqueeze(-1)  # [rows, 1] each
+    # Shifted first, and never divided by 0, so that a tiny temperature overflows to -inf and not to NaN.
+    scaled = (token_logits - token_logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30)
+    logits, order = scaled.sort(dim=-1, descending=True, stable=True)
     vocabulary = logits.shape[-1]
     top_k = torch.tensor([[row.params.top_k or vocabulary] for row in rows])
     logits = logits.masked_fill(torch.arange(vocabulary) >= top_k, float("-inf"))

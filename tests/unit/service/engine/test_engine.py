@@ -1,0 +1,238 @@
+"""The engine's doors: submission, refusal, cancellation, draining, death; behind them a fake registry and runner."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from adapters.errors import AdapterNotFound
+from adapters.layers import AdapterFactors
+from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
+from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from service.engine.seam import EngineState
+from service.engine.selection import SelectedAdapter, Selection
+from service.engine.sequence import GenerationRequest, SamplingParams
+from service.engine.worker import Worker
+from tests.fake_runner import VOCABULARY, FakeRunner
+from tests.unit.service.engine.test_worker import FakeMerger, Letters
+
+
+class GatedRunner(FakeRunner):
+    """Its forwards wait until the gate is open, so that a test decides what happens meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def prefill(self, prompts, batch):  # type: ignore[no-untyped-def]
+        self.entered.set()
+        assert self.gate.wait(10)
+        return super().prefill(prompts, batch)
+
+
+class FakeRegistry:
+    """Counts pins; `missing` digests cannot be pinned, and pinning waits while the gate is closed."""
+
+    def __init__(self) -> None:
+        self.pins: Counter[str] = Counter()
+        self.missing: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self._lock = threading.Lock()
+
+    def pin(self, digest: str) -> AdapterFactors:
+        assert self.gate.wait(10)
+        if digest in self.missing:
+            raise AdapterNotFound("the adapter was deleted", subject=digest)
+        with self._lock:
+            self.pins[digest] += 1
+        return AdapterFactors(digest, {})
+
+    def unpin(self, digest: str) -> None:
+        with self._lock:
+            self.pins[digest] -= 1
+            assert self.pins[digest] >= 0
+
+    @property
+    def pinned(self) -> int:
+        return sum(self.pins.values())
+
+
+class Bench:
+    def __init__(self, max_queue: int = 8) -> None:
+        self.runner, self.registry = GatedRunner(), FakeRegistry()
+        worker = Worker(self.runner, FakeMerger(), 2)  # type: ignore[arg-type]
+        limits = EngineLimits(max_context=20, vocabulary=VOCABULARY, max_queue=max_queue)
+        self.engine = BatchEngine(worker, self.registry, Letters(), limits)  # type: ignore[arg-type]
+
+    def submit(self, name: str, *adapters: str, prompt: Sequence[int] = (1,), **fields: object) -> queue.Queue[Event]:
+        selection = Selection(tuple(SelectedAdapter(a, f"sha256:{a}") for a in adapters))
+        params = SamplingParams(max_new_tokens=int(fields.pop("max_new_tokens", 3)), temperature=0.0)  # type: ignore[call-overload]
+        events: queue.Queue[Event] = queue.Queue()
+        self.engine.submit(GenerationRequest(name, tuple(prompt), params, selection, **fields), events.put)  # type: ignore[arg-type]
+        return events
+
+
+def finish(events: queue.Queue[Event]) -> tuple[list[int], FinishedEvent | FailedEvent]:
+    """Everything up to the terminal event: the token ids, and how it ended."""
+    tokens: list[int] = []
+    while True:
+        event = events.get(timeout=10)
+        if not isinstance(event, TokenEvent):
+            assert events.empty()
+            return tokens, event
+        tokens += event.token_ids
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    bench.engine.start()
+    yield bench
+    bench.runner.gate.set()
+    bench.registry.gate.set()
+    bench.engine.stop()
+    assert bench.registry.pinned == 0, "every pin is given back"
+
+
+def test_answers_many_requests_with_different_adapters(bench: Bench) -> None:
+    all_events = [bench.submit(f"{i}", *["sql"] * (i % 2), prompt=[i + 1]) for i in range(8)]
+    for i, events in enumerate(all_events):
+        tokens, end = finish(events)
+        step = 1 + i % 2
+        assert tokens == [i + 1 + step, i + 1 + 2 * step, i + 1 + 3 * step]
+        assert isinstance(end, FinishedEvent)
+
+
+def test_refuses_what_it_cannot_run(bench: Bench) -> None:
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        bench.submit("empty", prompt=[])
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        bench.submit("unknown", prompt=[VOCABULARY])
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        bench.submit("negative", prompt=[-1])
+    with pytest.raises(ContextLengthExceeded, match="18 tokens"):
+        bench.submit("long", prompt=[1] * 18, max_new_tokens=3)
+    assert finish(bench.submit("just fits", prompt=[1] * 17, max_new_tokens=3))[0] == [2, 3, 4]
+
+
+def test_a_full_queue_is_refused_at_once_and_recovers(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    first = bench.submit("first")
+    assert bench.runner.entered.wait(10)
+    waiting = [bench.submit(f"waiting-{i}", n=2) for i in range(4)]
+    with pytest.raises(Overloaded) as refused:
+        bench.submit("one too many")
+    assert refused.value.retry_after_s >= 1
+    assert bench.engine.stats().waiting == 8
+    bench.runner.gate.set()
+    for events in [first, *waiting]:
+        assert isinstance(finish(events)[1], FinishedEvent)
+    assert finish(bench.submit("after"))[0] == [2, 3, 4]
+
+
+def test_two_requests_with_one_id_are_refused(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    first = bench.submit("same")
+    with pytest.raises(InvalidRequest, match="same"):
+        bench.submit("same")
+    bench.runner.gate.set()
+    finish(first)
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_its_request_alone(bench: Bench) -> None:
+    bench.registry.missing.add("sha256:gone")
+    gone = bench.submit("gone", "sql", "gone")
+    well = bench.submit("well", "sql")
+    _, end = finish(gone)
+    assert isinstance(end, FailedEvent)
+    assert end.code == "adapter_not_found"
+    assert isinstance(finish(well)[1], FinishedEvent)
+
+
+def test_a_cold_adapter_delays_no_other_request(bench: Bench) -> None:
+    bench.registry.gate.clear()
+    cold = bench.submit("cold", "sql")
+    assert finish(bench.submit("warm"))[0] == [2, 3, 4]
+    assert cold.empty()
+    bench.registry.gate.set()
+    assert finish(cold)[0] == [3, 5, 7]
+
+
+def test_cancel_while_loading_and_while_running(bench: Bench) -> None:
+    bench.registry.gate.clear()
+    loading = bench.submit("loading", "sql")
+    bench.engine.cancel("loading")
+    assert isinstance(finish(loading)[1], FinishedEvent)
+    bench.registry.gate.set()
+    bench.runner.gate.clear()
+    running = bench.submit("running", "sql", max_new_tokens=15)
+    assert bench.runner.entered.wait(10)
+    bench.engine.cancel("running")
+    bench.runner.gate.set()
+    tokens, _ = finish(running)
+    assert len(tokens) < 15
+    bench.engine.cancel("never heard of")
+
+
+def test_a_request_that_outlives_its_deadline_fails(bench: Bench) -> None:
+    _, end = finish(bench.submit("late", timeout_s=0.0))
+    assert isinstance(end, FailedEvent)
+    assert end.code == "request_timeout"
+
+
+def test_draining_finishes_what_was_accepted_and_refuses_the_rest(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    accepted = bench.submit("accepted")
+    assert bench.engine.drain(0.0) is False
+    assert bench.engine.state is EngineState.DRAINING
+    with pytest.raises(EngineUnavailable, match="draining"):
+        bench.submit("refused")
+    bench.runner.gate.set()
+    assert bench.engine.drain(10.0) is True
+    assert finish(accepted)[0] == [2, 3, 4]
+
+
+def test_stopping_fails_what_still_runs() -> None:
+    bench = Bench()
+    bench.engine.start()
+    bench.runner.gate.clear()
+    running = bench.submit("running", "sql", max_new_tokens=15)
+    assert bench.runner.entered.wait(10)
+    stopping = threading.Thread(target=bench.engine.stop)
+    stopping.start()
+    bench.runner.gate.set()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    _, end = finish(running)
+    assert isinstance(end, FailedEvent)
+    assert bench.registry.pinned == 0
+    with pytest.raises(EngineUnavailable):
+        bench.submit("after")
+
+
+def test_when_the_thread_dies_every_request_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    monkeypatch.setattr(bench.engine._worker, "step", lambda: (_ for _ in ()).throw(MemoryError("no memory")))
+    bench.engine.start()
+    _, end = finish(bench.submit("unlucky", "sql"))
+    assert isinstance(end, FailedEvent)
+    assert bench.engine.state is EngineState.DEAD
+    with pytest.raises(EngineUnavailable, match="dead"):
+        bench.submit("after")
+    bench.engine.stop()
+
+
+def test_fold_reports_and_gives_its_pins_back(bench: Bench) -> None:
+    selection = Selection((SelectedAdapter("sql", "sha256:sql"),))
+    assert bench.engine.fold(selection).result(timeout=10).merge_error == 0.25
+    bench.registry.missing.add("sha256:sql")
+    with pytest.raises(AdapterNotFound):
+        bench.engine.fold(selection).result(timeout=10)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from service.engine.sampler import SamplingRow, logprobs, sample
+from service.engine.sequence import SamplingParams
+
+
+def row(seed: int = 0, history: tuple[int, ...] = (), **params: object) -> SamplingRow:
+    return SamplingRow(SamplingParams(**params), torch.Generator().manual_seed(seed), history)  # type: ignore[arg-type]
+
+
+def frequencies(token_logits: torch.Tensor, draws: int = 4000, **params: object) -> torch.Tensor:
+    """How often each token is drawn, one generator advancing from draw to draw."""
+    one = row(**params)
+    drawn = [sample(token_logits, [one])[0] for _ in range(draws)]
+    return torch.bincount(torch.tensor(drawn), minlength=token_logits.shape[-1]) / draws
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    token_logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    assert sample(token_logits, [row(temperature=0.0), row(temperature=0.0)]) == [1, 0]
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([[0.1, 0.6, 0.3]])
+    assert torch.allclose(frequencies(probabilities.log()), probabilities[0], atol=0.03)
+
+
+def test_temperature_sharpens() -> None:
+    token_logits = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    expected = (token_logits[0] / 0.5).softmax(-1)
+    assert torch.allclose(frequencies(token_logits, temperature=0.5), expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {1, 2}),
+        ({"top_k": 1}, {1}),
+        ({"top_p": 0.6}, {1}),
+        ({"top_p": 0.61}, {1, 2}),
+        ({"top_p": 1e-6}, {1}),
+        ({"min_p": 0.4}, {1, 2}),
+        ({"min_p": 0.6}, {1}),
+        ({"top_k": 2, "top_p": 0.5}, {1}),
+        ({}, {0, 1, 2}),
+    ],
+)
+def test_what_top_k_top_p_and_min_p_keep(params: dict[str, float], kept: set[int]) -> None:
+    token_logits = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    assert set(frequencies(token_logits, draws=600, **params).nonzero().flatten().tolist()) == kept
+
+
+def test_a_seed_draws_the_same_in_any_batch() -> None:
+    generator = torch.Generator().manual_seed(7)
+    steps = torch.randn(20, 40, generator=generator)
+    alone = [sample(step[None], [one])[0] for one in [row(seed=3)] for step in steps]
+    mine, other, greedy = row(seed=3), row(seed=4, top_p=0.5), row(temperature=0.0)
+    together = [sample(torch.stack([step.flip(0), step, step]), [other, mine, greedy])[1] for step in steps]
+    assert together == alone
+
+
+def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
+    token_logits = torch.tensor([[1.0, 1.001, -50.0]])
+    assert sample(token_logits, [row(temperature=1e-30)]) == [1]
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    token_logits = torch.full((1, 5), float("-inf"))
+    token_logits[0, 3] = 0.0
+    assert frequencies(token_logits, draws=50)[3] == 1.0
+
+
+def test_repetition_penalty_lowers_seen_tokens_whatever_their_sign() -> None:
+    token_logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
+    assert sample(token_logits, [row(temperature=0.0, repetition_penalty=1.2, history=(0,))]) == [1]
+    seen_negative = torch.tensor([[-1.0, -1.1]])
+    assert sample(seen_negative, [row(temperature=0.0, repetition_penalty=1.2, history=(0,))]) == [1]
+    assert token_logits[0, 0] == 2.0, "the caller's token logits stay as they are"
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    token_logits = torch.tensor([0.1, 0.6, 0.3]).log()
+    none = logprobs(token_logits, 0, 0)
+    assert none.token_id == 0
+    assert math.isclose(none.logprob, math.log(0.1), rel_tol=1e-5)
+    assert none.top == ()
+    two = logprobs(token_logits, 0, 2)
+    assert [token for token, _ in two.top] == [1, 2]
+    assert math.isclose(two.top[0][1], math.log(0.6), rel_tol=1e-5)

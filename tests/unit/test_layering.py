@@ -1,0 +1,86 @@
+"""Imports go one way. Read from the source, so that a forbidden import fails here and not in production."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What a part may import of this project, and which third parties it must not know.
+RULES = {
+    "adapters": ({"adapters"}, {"transformers", "fastapi", "starlette", "uvicorn", "pydantic", "peft"}),
+    "adapters/store": ({"adapters.store", "adapters.errors"}, {"torch", "safetensors", "transformers", "fastapi"}),
+    "service/engine": ({"adapters", "service.engine"}, {"fastapi", "starlette", "uvicorn", "pydantic", "peft"}),
+    "service/api": ({"adapters", "service.engine", "service.api", "service.__version__"}, {"uvicorn", "peft"}),
+    "service/settings.py": ({"service.settings", "service.setting_kinds"}, {"torch", "transformers", "fastapi"}),
+    "service/logs.py": (set(), {"torch", "transformers", "fastapi"}),
+    "service/metrics.py": ({"adapters", "service.engine"}, {"torch", "transformers", "fastapi"}),
+}
+# Policy: tested in milliseconds, so it must not wait for torch.
+WITHOUT_TORCH = ["service/engine/scheduler.py", "service/engine/sequence.py", "service/engine/events.py"]
+
+
+def sources(part: str) -> list[Path]:
+    path = ROOT / part
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imports(source: Path) -> Iterator[str]:
+    """The modules that a file imports at run time, as dotted names; not those under `if TYPE_CHECKING`."""
+    tree = ast.parse(source.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative imports hide the direction"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, allowed: set[str]) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in allowed)
+
+
+@pytest.mark.parametrize("part", RULES)
+def test_imports_go_one_way(part: str) -> None:
+    allowed, forbidden = RULES[part]
+    for source in sources(part):
+        for module in imports(source):
+            ours = module.split(".")[0] in {"adapters", "service", "tests"}
+            assert not ours or within(module, allowed), f"{source.relative_to(ROOT)} must not import {module}"
+            assert not within(module, forbidden), f"{source.relative_to(ROOT)} must not know {module}"
+
+
+@pytest.mark.parametrize("part", WITHOUT_TORCH)
+def test_policy_knows_no_torch(part: str) -> None:
+    seen: set[Path] = set()
+    todo = sources(part)
+    while todo:
+        source = todo.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for module in imports(source):
+            assert module.split(".")[0] != "torch", f"{part} reaches torch through {source.relative_to(ROOT)}"
+            for candidate in (module, module.rpartition(".")[0]):
+                file = ROOT / (candidate.replace(".", "/") + ".py")
+                if file.is_file():
+                    todo.append(file)
+
+
+def test_only_ray_app_may_know_ray() -> None:
+    for source in sources("service") + sources("adapters"):
+        if source.name != "ray_app.py":
+            assert not any(module.split(".")[0] == "ray" for module in imports(source))
