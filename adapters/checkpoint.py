@@ -21,7 +21,7 @@ from adapters.errors import BadIndex, BadWeights, InvalidSafetensors, NonFinite
 from adapters.layout import BANK_KEY, AdapterLayout, logits_key, read_layout
 from adapters.parameters import Storage, index_width
 from adapters.safetensors_header import WEIGHTS_FILE
-from adapters.targets import LayerShape
+from adapters.targets import LayerShape, check_tiling
 from adapters.vector_bank import VectorBank
 
 _INDEX_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
@@ -102,13 +102,17 @@ class LogitsCheckpoint:
     def initialise(
         cls, config: VBLoRAConfig, layers: Sequence[LayerShape], generator: torch.Generator | None = None
     ) -> LogitsCheckpoint:
-        """A fresh adapter for training: a uniform bank and normal logits, float32, as PEFT initialises them."""
+        """A fresh adapter for training: a uniform bank and normal logits, float32, as PEFT initialises them.
+
+        Raises ShapeMismatch when vector_length does not divide the features of a layer.
+        """
         layout = AdapterLayout(replace(config, save_only_topk_weights=False), Storage.LOGITS, tuple(layers))
         bank = VectorBank.uniform(
             config.num_vectors, config.vector_length, bound=config.init_vector_bank_bound, generator=generator
         )
         logits = {}
         for layer in layers:
+            check_tiling(layer, config.vector_length)
             in_tiles = layer.in_features // config.vector_length
             out_tiles = layer.out_features // config.vector_length
             shapes = (config.r, in_tiles, config.num_vectors), (out_tiles, config.r, config.num_vectors)
@@ -153,7 +157,8 @@ def read_checkpoint(directory: Path) -> TopKCheckpoint | LogitsCheckpoint:
     layout = read_layout(directory)
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            return _read_tensors(layout, file.get_tensor)
+            # Copies: what the library returns are views of the mapped file, which change or vanish with it.
+            return _read_tensors(layout, lambda key: file.get_tensor(key).clone())
     except SafetensorError as error:
         raise InvalidSafetensors(f"the weights cannot be read: {error}", subject=WEIGHTS_FILE) from error
 

@@ -7,7 +7,7 @@ other PEFT versions add, are carried along unread in `extra`, so that writing a 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ from adapters.errors import BadConfig, MissingTensor, UnsupportedCheckpoint
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_DEPTH = 32
+MAX_PATTERNS = 1_000  # in one list of names that PEFT takes for regular expressions
 BIAS_MODES = ("none", "all", "vblora_only")
 ALL_LINEAR = "all-linear"
 
 # Bounds no real adapter comes near; they keep every product of them inside 64 bits.
 _MAX_INT = 2**31 - 1
+_MAX_FLOAT = sys.float_info.max
 
 Names = tuple[str, ...]
 
@@ -31,7 +34,8 @@ class VBLoRAConfig:
     """The fields of an adapter_config.json that decide what a VB-LoRA checkpoint means.
 
     `target_modules` and `exclude_modules` are a tuple of names, a regular expression (a string), or None.
-    `layers_to_transform` is None or a tuple of layer numbers; `layers_pattern` a tuple, empty when not given.
+    `layers_to_transform` is None or a tuple of layer numbers (empty: every layer); `layers_pattern` a tuple, empty
+    when not given.
     """
 
     r: int = 4
@@ -88,6 +92,7 @@ class VBLoRAConfig:
         """The config in a JSON text. Raises BadConfig or UnsupportedCheckpoint."""
         try:
             values = json.loads(raw, object_pairs_hook=_unique_keys)
+            _check_portable(values)
         except (ValueError, RecursionError) as error:
             raise BadConfig(f"{CONFIG_FILE} is not valid JSON: {error}", subject=CONFIG_FILE) from error
         if not isinstance(values, dict):
@@ -114,9 +119,9 @@ class VBLoRAConfig:
             target_modules=read.names_or_regex("target_modules"),
             exclude_modules=read.names_or_regex("exclude_modules"),
             layers_to_transform=read.layer_numbers("layers_to_transform"),
-            layers_pattern=read.names("layers_pattern"),
+            layers_pattern=read.patterns("layers_pattern"),
             bias=read.text("bias") or "none",
-            modules_to_save=read.names("modules_to_save"),
+            modules_to_save=read.patterns("modules_to_save"),
             task_type=read.text("task_type"),
             base_model_name_or_path=read.text("base_model_name_or_path"),
             init_vector_bank_bound=read.number("init_vector_bank_bound", 0.02),
@@ -171,7 +176,7 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self._values.pop(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MAX_FLOAT:
             raise BadConfig(f"{key} is {value!r}; it must be a number of at least 0", subject=key)
         return float(value)
 
@@ -181,13 +186,16 @@ class _Reader:
             raise BadConfig(f"{key} is {value!r}; it must be a string or null", subject=key)
         return value
 
-    def names(self, key: str) -> Names:
+    def patterns(self, key: str) -> Names:
         value = self._values.pop(key, None)
         if value is None:
             return ()
         if isinstance(value, str):
             return (value,) if value else ()
-        return self._name_list(key, value)
+        names = self._name_list(key, value)
+        if len(names) > MAX_PATTERNS:
+            raise BadConfig(f"{key} lists {len(names):,} names; at most {MAX_PATTERNS:,} are accepted", subject=key)
+        return names
 
     def names_or_regex(self, key: str) -> Names | str | None:
         value = self._values.pop(key, None)
@@ -202,8 +210,7 @@ class _Reader:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
             raise BadConfig(f"{key} is {value!r}; it must be a whole number or a list of them", subject=key)
-        # PEFT takes an empty list as "every layer".
-        return tuple(numbers) or None
+        return tuple(numbers)
 
     @staticmethod
     def _name_list(key: str, value: object) -> Names:
@@ -219,6 +226,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {repeated!r} stands twice")
     return values
+
+
+def _check_portable(values: object) -> None:
+    """Raises ValueError for what Python reads but cannot hand on as JSON in UTF-8: NaN, infinity, half a surrogate
+    pair, or nesting without end."""
+    json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+    if _depth(values) > MAX_CONFIG_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_CONFIG_DEPTH} levels deep")
+
+
+def _depth(value: object) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, children), default=0)
 
 
 def _jsonable(value: tuple[Any, ...] | str | None) -> list[Any] | str | None:

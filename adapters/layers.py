@@ -135,6 +135,7 @@ class AdaptedModel:
         self.model = model
         self.modules = modules
         self.batch: LowRankBatch | None = None
+        self.pristine: dict[str, Tensor] = {}  # copies on the host of the weights that a Merger changes, by layer
         self._layers = {name: model.get_submodule(name) for name in modules.layers}
         for name, layer in self._layers.items():
             parent, _, attribute = name.rpartition(".")
@@ -145,8 +146,13 @@ class AdaptedModel:
         return self._layers[name]
 
     def tensor(self, name: str) -> Tensor | None:
-        """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none."""
+        """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none.
+
+        Of a weight that is folded at the moment, the pristine one.
+        """
         module, _, attribute = name.rpartition(".")
+        if attribute == "weight" and module in self.pristine:
+            return self.pristine[module]
         try:
             owner = self._layers.get(module) or self.model.get_submodule(module)
         except AttributeError:
@@ -156,8 +162,8 @@ class AdaptedModel:
 
     @contextmanager
     def using(self, batch: LowRankBatch | None) -> Iterator[None]:
-        self.batch = batch
+        previous, self.batch = self.batch, batch
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = previous

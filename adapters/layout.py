@@ -184,8 +184,9 @@ def _check_extra(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str
     _expect_float(spec)
     if not spec.key.startswith(MODULE_PREFIX):
         raise UnexpectedTensor(f"nothing in a VB-LoRA checkpoint is called {spec.key!r}", subject=spec.key)
-    embedding = spec.key.endswith(".weight") and extra_owner(spec.key).rsplit(".", 1)[-1] in EMBEDDING_NAMES
-    if not embedding and not called_for(config, spec, targets):
+    embedding = extra_owner(spec.key).rsplit(".", 1)[-1] in EMBEDDING_NAMES
+    own = spec.key.endswith((".weight", ".bias"))  # Phi's and GPT-J's lm_head have a bias
+    if not (embedding and own) and not called_for(config, spec, targets):
         raise UnexpectedTensor(
             f"the file holds {spec.key!r}, which neither bias ({config.bias!r}) nor modules_to_save "
             f"({list(config.modules_to_save)}) calls for",

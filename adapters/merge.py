@@ -8,13 +8,14 @@ float32: `fold` reports the rounding it caused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from adapters.compose import delta
+from adapters.errors import InvalidSelection
 from adapters.layers import AdaptedModel, AdapterFactors
 from adapters.targets import is_conv1d
 
@@ -37,7 +38,7 @@ class Merger:
 
     def __init__(self, model: AdaptedModel) -> None:
         self._model = model
-        self._pristine: dict[str, Tensor] = {}
+        self._pristine = model.pristine
         self._folded: dict[str, Tensor] = {}  # the layer's own storage, aside while another is folded in
         uses = Counter(id(p) for module in model.model.modules() for p in module.parameters(recurse=False))
         self._tied = frozenset(parameter for parameter, count in uses.items() if count > 1)
@@ -49,14 +50,19 @@ class Merger:
     def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
         """Replaces the weights of every layer that `selection` adapts by `W + Σ weight · delta`.
 
-        Whatever was folded before is restored first. Returns the rounding error of the fold.
+        Whatever was folded before is restored first. Returns the rounding error of the fold. Raises InvalidSelection,
+        with the pristine weights in place, when a layer is quantized or a folded weight overflows its dtype.
         """
         self.restore()
         worst, worst_layer = 0.0, None
-        for name, change in _deltas(self._model, selection).items():
-            error = self._fold_layer(name, change)
-            if error >= worst:
-                worst, worst_layer = error, name
+        try:
+            for name in dict.fromkeys(name for adapter, _ in selection for name in adapter.layers):
+                error = self._fold_layer(name, _weighted_delta(self._model, selection, name))
+                if error >= worst:
+                    worst, worst_layer = error, name
+        except BaseException:
+            self.restore()
+            raise
         return FoldReport(worst, worst_layer)
 
     def restore(self) -> None:
@@ -69,30 +75,34 @@ class Merger:
     def _fold_layer(self, name: str, change: Tensor) -> float:
         layer = self._model.base_layer(name)
         own: Tensor = layer.weight  # type: ignore[assignment]
+        if not own.is_floating_point():
+            raise InvalidSelection(f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it")
         if name not in self._pristine:
             self._pristine[name] = own.detach().to("cpu", copy=True)
         wide = own.detach().float()
         folded = (wide + change).to(own.dtype)
+        if not bool(folded.isfinite().all()):
+            raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
         scale = float(change.norm())
         error = float((folded.float() - wide - change).norm()) / scale if scale else 0.0
+        self._folded[name] = own
         if id(own) in self._tied:
             _set_weight(layer, nn.Parameter(folded, requires_grad=False))
         else:
             own.data.copy_(folded)
-        self._folded[name] = own
         return error
 
 
 @torch.inference_mode()
-def _deltas(model: AdaptedModel, selection: Sequence[tuple[AdapterFactors, float]]) -> Mapping[str, Tensor]:
-    """Σ weight · delta of each layer that some adapter adapts, float32, in the layer's own orientation."""
-    deltas: dict[str, Tensor] = {}
-    for adapter, weight in selection:
-        for name, factors in adapter.layers.items():
-            transposed = is_conv1d(model.base_layer(name))
-            term = weight * delta(factors.a, factors.b_t.T, transposed=transposed)
-            deltas[name] = deltas[name] + term if name in deltas else term
-    return deltas
+def _weighted_delta(model: AdaptedModel, selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> Tensor:
+    """Σ weight · delta in one layer that some adapter adapts, float32, in the layer's own orientation.
+
+    One layer at a time: the deltas of a whole model in float32 would take up to twice a 16-bit model's memory.
+    """
+    present = [(adapter.layers[layer], weight) for adapter, weight in selection if layer in adapter.layers]
+    a = torch.cat([factors.a for factors, _ in present])  # [R, in]
+    b_t = torch.cat([weight * factors.b_t for factors, weight in present])  # [R, out]
+    return delta(a, b_t.T, transposed=is_conv1d(model.base_layer(layer)))
 
 
 def _set_weight(layer: nn.Module, weight: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_extras, check_layout
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
-from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable
+from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable, CheckpointError
 from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
 from adapters.layout import read_layout
 from adapters.store import AdapterRecord, AdapterStore, digest_of
@@ -95,9 +95,7 @@ class AdapterRegistry:
         """
         failures = 0
         for tenant, name, version in self._store.all_versions():
-            try:
-                check_layout(read_layout(self._store.path(version.digest)), self._model)
-            except AdapterError as error:
+            if (error := self._fault_of(version.digest)) is not None:
                 failures += 1
                 self._fail(version.digest, error)
                 log.warning("adapter %r (tenant %r, %s): %s", name, tenant, version.digest, error.message)
@@ -113,10 +111,13 @@ class AdapterRegistry:
         checkpoint = read_checkpoint(staged)
         warnings = self._check(checkpoint, allow_base_mismatch=allow_base_mismatch)
         compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+        earlier = self._digests(tenant, name)
         record = self._store.publish(tenant, name, staged, describe(checkpoint, warnings), replace=replace)
         with self._changed:
-            live = self._live.setdefault(record.digest, _Live())
-            live.compact, live.failure = compact, None
+            if self._store.digest_in_use(record.digest):  # else deleted meanwhile
+                live = self._live.setdefault(record.digest, _Live())
+                live.compact, live.failure = compact, None
+        self.forget_deleted(earlier)  # publishing prunes the oldest versions
         return record
 
     def pin(self, digest: str) -> AdapterFactors:
@@ -171,6 +172,21 @@ class AdapterRegistry:
             compact = sum(live.compact.nbytes for live in self._live.values() if live.compact)
             return compact, self._factor_bytes()
 
+    def _fault_of(self, digest: str) -> AdapterError | None:
+        try:
+            check_layout(read_layout(self._store.path(digest)), self._model)
+        except AdapterError as error:
+            return error
+        except OSError as error:  # one bad file must not keep the server from starting
+            return AdapterUnavailable(f"its files cannot be read: {error}", subject=digest)
+        return None
+
+    def _digests(self, tenant: str, name: str) -> list[str]:
+        try:
+            return [version.digest for version in self._store.get(tenant, name).versions]
+        except AdapterNotFound:
+            return []
+
     def _check(self, checkpoint: TopKCheckpoint | LogitsCheckpoint, *, allow_base_mismatch: bool) -> list[str]:
         warnings = []
         if not allow_base_mismatch:
@@ -188,8 +204,8 @@ class AdapterRegistry:
         except BaseException as error:
             with self._changed:
                 live.loading = False
-                if isinstance(error, AdapterError) and not isinstance(error, (AdapterNotFound, AdapterTooLarge)):
-                    live.failure = error
+                if isinstance(error, (CheckpointError, AdapterUnavailable)):
+                    live.failure = error  # any other may pass: the next pin tries again
                 self._changed.notify_all()
             self.unpin(digest)
             raise
@@ -201,11 +217,15 @@ class AdapterRegistry:
 
     def _read(self, digest: str) -> TopKCheckpoint:
         directory = self._store.path(digest)
-        if not directory.is_dir():
-            raise AdapterNotFound("the adapter was deleted", subject=digest)
-        if digest_of(directory) != digest:
-            raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
-        checkpoint = read_checkpoint(directory)
+        try:
+            if digest_of(directory) != digest:
+                message = "its files on disk have changed since the upload; upload it again"
+                raise AdapterUnavailable(message, subject=digest)
+            checkpoint = read_checkpoint(directory)
+        except (AdapterError, OSError) as error:
+            if directory.is_dir():
+                raise
+            raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         check_layout(checkpoint.layout, self._model)
         check_extras(checkpoint.extras, self._model)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()

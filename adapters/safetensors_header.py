@@ -122,6 +122,8 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor_spec(key: str, entry: object) -> TensorSpec:
+    if not key.isprintable():  # it would go into messages and logs as it is
+        raise InvalidSafetensors(f"the header names a tensor {key!a}, which cannot be printed", subject=ascii(key))
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(), int()]} if dtype in DTYPE_BYTES:
             if len(shape) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**48 for n in shape):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import regex
@@ -12,8 +14,10 @@ from torch import nn
 from adapters.config import VBLoRAConfig
 from adapters.errors import BadConfig, MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
 
-# A hostile pattern may backtrack for ever; an honest one matches a module name in microseconds.
+# A hostile pattern may backtrack for ever, or a little on each of thousands of names; an honest one matches a name in
+# microseconds. So all patterns of one matcher share this much processor time.
 REGEX_TIMEOUT_S = 0.5
+LONGEST_REGEX = 10_000  # compiling takes time too
 _MOST_NAMES_SHOWN = 6
 
 # What PEFT adapts when target_modules is null (TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING, PEFT 0.21.2).
@@ -155,48 +159,77 @@ class TargetMatcher:
     """
 
     def __init__(self, config: VBLoRAConfig, targets: tuple[str, ...] | str) -> None:
-        self._config = config
-        self._regex = _Pattern(targets, "target_modules") if isinstance(targets, str) else None
+        allowance = _Allowance(REGEX_TIMEOUT_S)
+        self._regex = _Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
         self._names = frozenset() if isinstance(targets, str) else frozenset(targets)
-        exclude = config.exclude_modules
-        self._excluded_regex = _Pattern(exclude, "exclude_modules") if isinstance(exclude, str) and exclude else None
+        exclude = config.exclude_modules or ()
+        self._excluded_regex = _Pattern(exclude, "exclude_modules", allowance) if isinstance(exclude, str) else None
         self._excluded_names = frozenset(exclude) if isinstance(exclude, tuple) else frozenset()
-        self._saved = [_Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save") for name in config.modules_to_save]
+        self._saved = [
+            _Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save", allowance) for name in config.modules_to_save
+        ]
         self._layer_numbers = [
-            _Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*", "layers_pattern") for pattern in config.layers_pattern
-        ] or [_Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\..*", "layers_pattern")]
+            _Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", allowance)
+            for pattern in config.layers_pattern
+        ] or [_Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", allowance)]
+        self._wanted_layers = frozenset(map(str, config.layers_to_transform or ()))
 
     def matches(self, name: str) -> bool:
         if self.excludes(name):
             return False
         if self._regex is not None:
-            return self._regex.match(name) is not None
+            return self._regex.fullmatch(name) is not None
         if name in self._names:
             return True
         return _has_suffix(name, self._names) and self._in_layers(name)
 
     def excludes(self, name: str) -> bool:
-        if self._excluded_regex is not None and self._excluded_regex.match(name):
+        if self._excluded_regex is not None and self._excluded_regex.fullmatch(name):
             return True
         if name in self._excluded_names or _has_suffix(name, self._excluded_names):
             return True
         return any(pattern.match(name) for pattern in self._saved)
 
     def _in_layers(self, name: str) -> bool:
-        wanted = self._config.layers_to_transform
-        if wanted is None:
+        if not self._wanted_layers:
             return True
         for pattern in self._layer_numbers:
             if (match := pattern.match(name)) is not None:
-                return int(match["idx"]) in wanted
+                digits = match["idx"]  # None where the pattern has an alternative without it; of any length
+                return digits is not None and (digits.lstrip("0") or "0") in self._wanted_layers
         return False
 
 
-class _Pattern:
-    """A stranger's regular expression, matched against whole names in bounded time."""
+class _Allowance:
+    """Processor time that is spent bit by bit."""
 
-    def __init__(self, pattern: str, field_name: str) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    @contextmanager
+    def spending(self) -> Iterator[float]:
+        """Charges what the block takes; gives the seconds that are left. Raises TimeoutError when none are."""
+        if self._left <= 0:
+            raise TimeoutError
+        started = time.thread_time()
+        try:
+            yield self._left
+        finally:
+            self._left -= time.thread_time() - started
+
+
+class _Pattern:
+    """A stranger's regular expression, matched in bounded time."""
+
+    def __init__(self, pattern: str, field_name: str, allowance: _Allowance) -> None:
         self._field = field_name
+        self._allowance = allowance
+        if len(pattern) > LONGEST_REGEX:
+            raise BadConfig(
+                f"{field_name}: a regular expression of {len(pattern):,} characters is too long; list the module names "
+                "instead",
+                subject=field_name,
+            )
         try:
             self._compiled = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as error:
@@ -205,11 +238,19 @@ class _Pattern:
             ) from error
 
     def match(self, name: str) -> regex.Match[str] | None:
+        """Matches the beginning of a name."""
+        return self._timed(self._compiled.match, name)
+
+    def fullmatch(self, name: str) -> regex.Match[str] | None:
+        return self._timed(self._compiled.fullmatch, name)
+
+    def _timed(self, match: Callable[..., regex.Match[str] | None], name: str) -> regex.Match[str] | None:
         try:
-            return self._compiled.fullmatch(name, timeout=REGEX_TIMEOUT_S)
+            with self._allowance.spending() as seconds:
+                return match(name, timeout=seconds)
         except TimeoutError as error:
             raise BadConfig(
-                f"{self._field}: the regular expression took too long on {name!r}; list the module names instead",
+                f"{self._field}: the regular expression takes too long to match; list the module names instead",
                 subject=self._field,
             ) from error
 
@@ -260,18 +301,23 @@ def _check_module(module: LayerShape, base: BaseModules, vector_length: int) -> 
             subject=name,
         )
     layer = base.layers[name]
-    for what, features in (("in_features", layer.in_features), ("out_features", layer.out_features)):
-        if features % vector_length:
-            raise ShapeMismatch(
-                f"vector_length {vector_length} does not divide the {what} {features} of {name!r}",
-                subject=name,
-            )
+    check_tiling(layer, vector_length)
     if module != layer:
         raise ShapeMismatch(
             f"the adapter's {name!r} is {module.in_features}→{module.out_features} but the base model's is "
             f"{layer.in_features}→{layer.out_features}; was it trained on another base?",
             subject=name,
         )
+
+
+def check_tiling(layer: LayerShape, vector_length: int) -> None:
+    """`vector_length` divides the layer's features. Raises ShapeMismatch."""
+    for what, features in (("in_features", layer.in_features), ("out_features", layer.out_features)):
+        if features % vector_length:
+            raise ShapeMismatch(
+                f"vector_length {vector_length} does not divide the {what} {features} of {layer.name!r}",
+                subject=layer.name,
+            )
 
 
 def _check_none_missing(config: VBLoRAConfig, names: frozenset[str], base: BaseModules) -> None:

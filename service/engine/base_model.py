@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -69,6 +71,8 @@ def load_base(
     `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
     """
     where = pick_device(device)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log is no place for one
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -55,6 +55,7 @@ class BatchEngine:
         self._changed = threading.Condition()  # guards _jobs and _state
         self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
         self._state = EngineState.READY
+        self._stopping = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="vblora-engine", daemon=True)
 
     def start(self) -> BatchEngine:
@@ -121,10 +122,11 @@ class BatchEngine:
             if self._state is not EngineState.DEAD:
                 self._state = EngineState.STOPPED
         self._inbox.put(lambda: None)
-        if self._thread.is_alive():
-            self._thread.join()
-        self._loaders.shutdown(wait=True)
-        self._fail_all("the server stopped before the request was finished")
+        with self._stopping:  # two callers may hurry it; one at a time ends what is left
+            if self._thread.is_alive():
+                self._thread.join()
+            self._loaders.shutdown(wait=True)
+            self._fail_all("the server stopped before the request was finished")
 
     def _queued(self) -> int:
         """Choices accepted and not yet running."""

@@ -67,5 +67,5 @@ class Engine(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends the thread; requests still running fail. Blocks until it has ended."""
+        """Ends the thread; requests still running fail. Blocks until it has ended; calling it again does nothing."""
         ...

@@ -1,0 +1,46 @@
+"""Adapters as responses show them: the store's record, the registry's state and the active one, put together.
+
+Everything here reads the store: keep it off the event loop.
+"""
+
+from __future__ import annotations
+
+from adapters.store import AdapterRecord, AdapterVersion
+from service.api.deps import ServerState
+from service.api.schemas.adapters import AdapterDetail, AdapterPage, AdapterView, VersionView, adapter_fields
+
+
+def show(state: ServerState, record: AdapterRecord) -> AdapterView:
+    status = state.registry.status(record.digest)
+    active = state.store.active(record.tenant)
+    return AdapterView(**adapter_fields(record, status, active, state.settings.served_model_name))
+
+
+def show_page(state: ServerState, tenant: str, limit: int, after: str | None) -> AdapterPage:
+    records, following = state.store.list(tenant, limit=limit, after=after)
+    active, base = state.store.active(tenant), state.settings.served_model_name
+    statuses = [state.registry.status(record.digest) for record in records]
+    views = [
+        AdapterView(**adapter_fields(record, status, active, base))
+        for record, status in zip(records, statuses, strict=True)
+    ]
+    return AdapterPage(data=views, next=following)
+
+
+def show_detail(state: ServerState, tenant: str, name: str) -> AdapterDetail:
+    """Raises AdapterNotFound."""
+    record = state.store.get(tenant, name)
+    fields = show(state, record).model_dump()
+    fields["target_modules"] = record.info["target_modules"]
+    versions = [_show_version(state, record, version) for version in record.versions]
+    return AdapterDetail(**fields, config=record.info["config"], versions=versions)
+
+
+def _show_version(state: ServerState, record: AdapterRecord, version: AdapterVersion) -> VersionView:
+    return VersionView(
+        digest=version.digest,
+        created_at=version.created_at,
+        file_bytes=version.file_bytes,
+        current=version.digest == record.digest,
+        state=state.registry.status(version.digest).state,
+    )

@@ -1,0 +1,120 @@
+"""What the routes work with: everything is built before the app and handed to it as one ServerState."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import anyio
+from fastapi import Depends, Request
+
+from adapters.registry import AdapterRegistry
+from adapters.store import AdapterStore
+from adapters.targets import BaseModules
+from service.engine.seam import Engine
+
+_REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """The settings that the HTTP layer reads.
+
+    `base_names` are the names that mean the base model, `served_model_name` among them. `max_upload_bytes` bounds the
+    body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
+    `request_timeout_s` bounds generation; a request may ask for less. `api_keys` are SHA-256 digests in hex
+    (`service.api.middleware.auth.hash_key`); without any, no key is asked for.
+    """
+
+    served_model_name: str
+    base_names: frozenset[str]
+    max_upload_bytes: int = 256 << 20
+    upload_timeout_s: float = 600.0
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 60.0
+    request_timeout_s: float | None = None
+    allow_source: tuple[Path, ...] = ()
+    api_keys: frozenset[str] = frozenset()
+    metrics_public: bool = False
+
+    def means_base(self, name: str) -> bool:
+        return name == "base" or name in self.base_names
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base model as responses describe it. `created` is a Unix time; `kv_backend` what the engine chose."""
+
+    id: str
+    model_type: str
+    parameters: int
+    dtype: str
+    device: str
+    fingerprint: str
+    modules: BaseModules
+    created: int
+    kv_backend: str | None = None
+
+
+class Tokenizer(Protocol):
+    """The base model's tokenizer. Every method may be called from any thread."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds of itself."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, special tokens included."""
+        ...
+
+
+class Metrics(Protocol):
+    """Where the HTTP layer counts. Every method may be called from any thread."""
+
+    def render(self) -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type."""
+        ...
+
+    def observe_request(self, route: str, code: int, seconds: float) -> None:
+        """One response: the route's template (`unmatched` for none), the HTTP status, and the time it took."""
+        ...
+
+    def count_error(self, code: str) -> None:
+        """One error answered, by the `code` of its envelope."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerState:
+    """Everything that a request may need. `registering` bounds how many uploads are checked at once."""
+
+    settings: ApiSettings
+    store: AdapterStore
+    registry: AdapterRegistry
+    engine: Engine
+    tokenizer: Tokenizer
+    base: BaseInfo
+    metrics: Metrics
+    registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
+
+
+async def server_state(request: Request) -> ServerState:
+    """The app's state. Async, because FastAPI runs other dependencies in a thread."""
+    state: ServerState = request.app.state.server
+    return state
+
+
+async def tenant_of(request: Request) -> str:
+    """Whose adapters the request sees: always the shared tenant's, as long as keys name no tenant."""
+    return ""
+
+
+State = Annotated[ServerState, Depends(server_state)]
+Tenant = Annotated[str, Depends(tenant_of)]

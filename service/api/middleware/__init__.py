@@ -1,0 +1,1 @@
+"""Pure ASGI middleware, outermost first: context (request id, access log), auth, body (size and deadline)."""

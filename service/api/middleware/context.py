@@ -1,0 +1,74 @@
+"""The outermost layer: a request's id, one line in the access log, its metrics, and the errors nobody caught."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.deps import Metrics
+from service.api.errors import ErrorResponse, api_error
+
+access_log = logging.getLogger("vblora.access")
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_NOTHING_SENT = 499
+
+
+class RequestContext:
+    """Gives every request an id, takes the client's if it is sane, and answers for whatever goes wrong inside."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        exchange = _Exchange(send, request_id)
+        try:
+            await self._app(scope, receive, exchange.send)
+        except Exception as error:
+            response = ErrorResponse(api_error(error, request_id))
+            if exchange.status is not None:
+                raise  # too late for a response: the server cuts the connection, so that the client notices
+            await response(scope, receive, exchange.send)
+        finally:
+            self._record(scope, exchange, request_id)
+
+    def _record(self, scope: Scope, exchange: _Exchange, request_id: str) -> None:
+        seconds = time.perf_counter() - exchange.began
+        status = exchange.status or _NOTHING_SENT
+        code = scope["state"].get("error_code")
+        self._metrics.observe_request(getattr(scope.get("route"), "path", "unmatched"), status, seconds)
+        if code is not None:
+            self._metrics.count_error(code)
+        fields = {"method": scope["method"], "path": scope["path"], "status": status, "code": code}
+        access_log.info("request", extra={"request_id": request_id, **fields, "duration_s": round(seconds, 6)})
+
+
+class _Exchange:
+    """The sending side of one exchange: adds the id, remembers the status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.began = time.perf_counter()
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["X-Request-ID"] = self._request_id
+        await self._send(message)
+
+
+def _request_id(scope: Scope) -> str:
+    offered = Headers(scope=scope).get("x-request-id", "")
+    return offered if _SANE_ID.fullmatch(offered) else uuid.uuid4().hex

@@ -1,0 +1,134 @@
+"""Adapters as requests name them and as responses describe them: one shape everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from adapters.registry import AdapterState, AdapterStatus
+from adapters.store import Activation, AdapterRecord
+from service.api.schemas.common import QueryModel, RequestModel, ResponseModel, Text
+from service.engine.selection import Mode
+
+
+class SourceUpload(RequestModel):
+    """An adapter that is on the server's disk."""
+
+    name: Text
+    source: Text = Field(description="An absolute directory under one of --allow-source")
+    activate: bool | Literal["switch", "merge"] = False
+
+    @property
+    def activation(self) -> Mode | None:
+        if isinstance(self.activate, bool):
+            return Mode.SWITCH if self.activate else None
+        return Mode(self.activate)
+
+
+class UploadQuery(QueryModel):
+    replace: bool = Field(False, description="Make a new version if the name exists")
+    allow_base_mismatch: bool = Field(False, description="Take an adapter whose config names another base model")
+
+
+class PageQuery(QueryModel):
+    limit: int = Field(100, ge=1, le=1000)
+    after: str | None = Field(None, description="The `next` of the page before")
+
+
+class ActivateRequest(RequestModel):
+    mode: Literal["switch", "merge"] = "switch"
+
+
+class RollbackRequest(RequestModel):
+    digest: Text = Field(description="`sha256:` and at least 8 hex digits of an earlier version's digest")
+
+
+class AdapterView(ResponseModel):
+    """One adapter, its current version spelled out.
+
+    Times are Unix times in seconds. `mode` is null unless the adapter is active; `reason` unless it is FAILED.
+    """
+
+    name: str
+    digest: str
+    base: str = Field(description="The base model that it runs on")
+    created_at: float
+    updated_at: float
+    state: AdapterState
+    reason: str | None
+    active: bool
+    mode: str | None
+    file_bytes: int
+    resident_bytes: int
+    pins: int
+    last_used: float | None
+    r: int
+    num_vectors: int
+    vector_length: int
+    topk: int
+    storage: str
+    vblora_params: int
+    total_params: int
+    resumable: bool = Field(description="Whether training can go on from these files")
+    warnings: list[str]
+    target_modules: int | list[str] = Field(description="How many layers are adapted; in a single GET, which")
+
+
+class MergedView(AdapterView):
+    """An adapter just activated with `merge`.
+
+    `merge_error` is ‖fold(W) − W − Δ‖ / ‖Δ‖ of the worst layer; null if the batch has not allowed a fold yet.
+    """
+
+    merge_error: float | None
+    merge_error_layer: str | None
+
+
+class VersionView(ResponseModel):
+    digest: str
+    created_at: float
+    file_bytes: int
+    current: bool
+    state: AdapterState
+
+
+class AdapterDetail(AdapterView):
+    config: dict[str, Any]
+    versions: list[VersionView] = Field(description="Newest first")
+
+
+class AdapterPage(ResponseModel):
+    data: list[AdapterView]
+    next: str | None = Field(description="Ask for the next page with ?after=; null on the last one")
+
+
+_COUNTS = ("r", "num_vectors", "vector_length", "topk", "storage", "vblora_params", "total_params")
+
+
+def adapter_fields(
+    record: AdapterRecord, status: AdapterStatus, active: Activation | None, base: str
+) -> dict[str, Any]:
+    """The fields of an AdapterView."""
+    parameters: Mapping[str, Any] = record.info["parameters"]
+    is_active = active is not None and active.name == record.name
+    return {
+        "name": record.name,
+        "digest": record.digest,
+        "base": base,
+        "created_at": record.created_at,
+        "updated_at": record.updated_at,
+        "state": status.state,
+        "reason": status.reason,
+        "active": is_active,
+        "mode": active.mode if active is not None and is_active else None,
+        "file_bytes": record.file_bytes,
+        "resident_bytes": status.resident_bytes,
+        "pins": status.pins,
+        "last_used": status.last_used,
+        "resumable": record.info["resumable"],
+        "warnings": record.info["warnings"],
+        "target_modules": len(record.info["target_modules"]),
+        **{key: parameters[key] for key in _COUNTS},
+    }

@@ -1,0 +1,73 @@
+"""What all request and response models share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+class RequestModel(BaseModel):
+    """A JSON body: unknown fields are an error, and no type is converted to another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class QueryModel(BaseModel):
+    """Query parameters: unknown ones are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ResponseModel(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character; send valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+"""A string that can be written as UTF-8; JSON's \\ud800 alone cannot."""
+
+
+class ErrorBody(ResponseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(ResponseModel):
+    """Every error of every route. `message` says what is wrong and what to do."""
+
+    error: ErrorBody
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Documents the errors of a route, by status."""
+    documented: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorEnvelope, "description": _CODES_BY_STATUS[status]} for status in statuses
+    }
+    return {**documented, "default": {"model": ErrorEnvelope, "description": "Any other error: `internal_error`"}}
+
+
+_CODES_BY_STATUS = {
+    400: "`invalid_request`, `context_length_exceeded`",
+    401: "`unauthorized`",
+    403: "`forbidden`",
+    404: "`adapter_not_found`, `model_not_found`",
+    408: "`request_timeout`",
+    409: "`adapter_exists`",
+    413: "`payload_too_large`",
+    415: "`unsupported_checkpoint`",
+    422: "A checkpoint refused: `invalid_safetensors`, `bad_config`, `missing_tensor`, `unexpected_tensor`, "
+    "`shape_mismatch`, `bad_index`, `bad_weights`, `non_finite`, `no_target_matched`, `base_model_mismatch`",
+    429: "`overloaded`; Retry-After says when to come back",
+    503: "`adapter_unavailable`, `engine_unavailable`",
+    507: "`storage_full`",
+}

@@ -1,0 +1,24 @@
+"""Status and versions."""
+
+from __future__ import annotations
+
+from service.api.schemas.common import ResponseModel
+
+
+class Status(ResponseModel):
+    status: str
+
+
+class Versions(ResponseModel):
+    """`fingerprint` identifies the base model's weights; `kv_backend` is null where the engine has no choice."""
+
+    version: str
+    python: str
+    torch: str
+    transformers: str
+    model: str
+    model_type: str
+    fingerprint: str
+    dtype: str
+    device: str
+    kv_backend: str | None

@@ -1,0 +1,54 @@
+"""The web application: routes, middleware and error handlers around one ServerState."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from service import __version__
+from service.api.deps import ServerState
+from service.api.errors import install_error_handlers
+from service.api.middleware.auth import Authentication
+from service.api.middleware.body import BodyLimits
+from service.api.middleware.context import RequestContext
+from service.api.routes import activation, adapters, docs, generate, health, models, parameters
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+_API_ROUTERS = (generate.router, models.router, adapters.router, activation.router, parameters.router)
+
+# Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.
+_DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, if the server asks for one"))
+
+
+def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastAPI:
+    """The app over what is already built and running; `lifespan` may start and stop it with the server."""
+    app = FastAPI(
+        title="vblora-serve",
+        summary="Serve many VB-LoRA adapters from one base model: switch, blend and merge them per request.",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.server = state
+    install_error_handlers(app)
+    for router in _API_ROUTERS:
+        app.include_router(router, dependencies=[_DOCUMENTED_KEY])
+    app.include_router(health.router)
+    app.include_router(docs.router)
+    # Added innermost first.
+    app.add_middleware(BodyLimits, settings=state.settings)
+    app.add_middleware(Authentication, settings=state.settings)
+    app.add_middleware(RequestContext, metrics=state.metrics)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

@@ -1,0 +1,210 @@
+"""The command line. Every subcommand's arguments are here; what it does is in `service.commands`, imported to run it.
+
+Exit codes: 0 done, 1 it could not be done, 2 it was asked for wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from adapters.errors import AdapterError
+from service import __version__
+from service.commands import CommandError
+from service.engine.errors import EngineError
+from service.logs import printable
+from service.settings import DEBUG_VARIABLE, SETTINGS, Setting, Settings, SettingsError, load_settings
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+DEMO_SETTINGS = ("host", "port", "device", "data_dir", "log_format", "log_level")
+
+_REPORT_A_BUG = f"this is a bug in vblora-serve; set {DEBUG_VARIABLE}=1 for the traceback, and report it"
+
+
+class UsageError(Exception):
+    """The command line cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Errors are one line on stderr."""
+    try:
+        args, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            raise UsageError(f"{unknown[0]} is not understood here; see vblora-serve {args.command} --help")
+        code: int = args.run(args)
+        return code
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, (UsageError, SettingsError)) else EXIT_FAILED
+
+
+def _explain(error: Exception) -> str:
+    """What is wrong and what to do, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, (AdapterError, EngineError, CommandError, UsageError, SettingsError, FileExistsError)):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}; {_REPORT_A_BUG}"
+    return printable(" ".join(text.split()))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse prints its usage and exits, and never guesses at abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vblora-serve", description="Serve many VB-LoRA adapters from one base model.")
+    parser.add_argument("--version", action="version", version=f"vblora-serve {__version__}")
+    # `metavar` leaves commands without help, which are not for everyday use, out of the usage line too.
+    commands = parser.add_subparsers(title="commands", required=True, dest="command", metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="start the server"))
+    _add_demo(commands.add_parser("demo", help="serve the small model and the adapters that come with the package"))
+    _add_inspect(commands.add_parser("inspect", help="validate an adapter and print its parameter count"))
+    _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
+    _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
+    commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Start the server. Every setting may also be a VBLORA_… variable or a key of --config."
+    _add_settings(parser, SETTINGS)
+    parser.set_defaults(run=_serve)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve the small base model and the adapters that come with the package. Needs no network."
+    parser.add_argument("--check", action="store_true", help="exit 1 unless every adapter writes in its own style")
+    parser.add_argument("--no-serve", action="store_true", help="show what the adapters do, and end")
+    _add_settings(parser, [setting for setting in SETTINGS if setting.name in DEMO_SETTINGS])
+    parser.set_defaults(run=_demo)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Validate an adapter directory as an upload would be, and print what is in it."
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a PEFT adapter directory")
+    parser.add_argument("--model", help="hold it against this base model too (only its config is read)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_inspect)
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a fresh VB-LoRA adapter with full logits, which PEFT loads and trains."
+    parser.add_argument("--model", required=True, help="the base model; only its config is read")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write the adapter")
+    parser.add_argument("--dry-run", action="store_true", help="only print the parameter counts")
+    for name, default, text in (
+        ("r", 4, "the rank"),
+        ("num-vectors", 256, "vectors in the bank"),
+        ("vector-length", 256, "features of a vector; it must divide those of every layer adapted"),
+        ("topk", 2, "vectors that are mixed into one tile"),
+        ("seed", 0, "what the initial values are drawn from"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--target-modules", metavar="WHICH", help="names with commas, a regular expression, or all-linear"
+    )
+    parser.add_argument("--init-vector-bank-bound", type=float, default=0.02, metavar="X", help="default: 0.02")
+    parser.add_argument("--init-logits-std", type=float, default=0.1, metavar="X", help="default: 0.1")
+    parser.add_argument("--base-name", metavar="ID", help="the base's name in the config (default: its Hub id, if any)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_init)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write an adapter compact (for serving), or with full logits, as a directory that PEFT loads."
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a PEFT adapter directory")
+    parser.add_argument("--format", required=True, choices=["topk", "logits"], help="topk is the compact one")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
+    parser.set_defaults(run=_export)
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Flags that stay out of the namespace unless they are given, so that variables and the file can speak."""
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="a file of settings")
+    for setting in settings:
+        default = f" (default: {setting.default or 'none'})".replace("%", "%%")
+        options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.help + default}
+        if bool in setting.kind.toml:
+            parser.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            action = "append" if setting.repeatable else "store"
+            parser.add_argument(setting.flag, action=action, metavar=setting.kind.metavar, **options)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    flags = {setting.name: getattr(args, setting.name) for setting in SETTINGS if hasattr(args, setting.name)}
+    return load_settings(flags, config=args.config)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    if settings.model is None:
+        raise UsageError("no base model is given; set --model or VBLORA_MODEL to a directory or a Hub id")
+    from service.commands import serve
+
+    return serve.run(settings)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    from service.demo import run
+
+    return run.main(settings, check=args.check, serve=not args.no_serve)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from service.commands import inspect
+
+    return inspect.run(args.directory, model=args.model, as_json=args.json)
+
+
+def _init(args: argparse.Namespace) -> int:
+    if args.output is None and not args.dry_run:
+        raise UsageError("give --output DIR to write the adapter, or --dry-run to see its parameter counts")
+    from service.commands import init
+
+    names = ("r", "num_vectors", "vector_length", "topk", "init_vector_bank_bound", "init_logits_std")
+    options = init.InitOptions(
+        model=args.model,
+        fields={name: getattr(args, name) for name in names},
+        target_modules=args.target_modules,
+        base_name=args.base_name,
+        seed=args.seed,
+        output=None if args.dry_run else args.output,
+        as_json=args.json,
+    )
+    return init.run(options)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from service.commands import export
+
+    return export.run(args.directory, format=args.format, output=args.output)
+
+
+def _settings_doc(args: argparse.Namespace) -> int:
+    from service.commands import settings_doc
+
+    return settings_doc.run()

@@ -1,0 +1,7 @@
+"""What each subcommand of `vblora-serve` does. They import torch: `service.cli` imports one only to run it."""
+
+from __future__ import annotations
+
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the message says why and what to do."""

@@ -1,0 +1,37 @@
+"""The base model as offline commands need it: from its config, without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.binding import BaseIdentity
+from adapters.targets import BaseModules
+from service.commands import CommandError
+from service.commands.output import working
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSkeleton:
+    """A base model's modules, and the names that mean it."""
+
+    modules: BaseModules
+    identity: BaseIdentity
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its Hub id. A local path says where a model lies on one machine, which is nobody else's business."""
+        return next((name for name in self.identity.names if "/" in name), None)
+
+
+def read_base(model: str) -> BaseSkeleton:
+    """Reads the config of a base model. Raises CommandError."""
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise CommandError(f"there is no directory {model}; give the base model's directory or its Hub id")
+    with working(f"Reading the config of {model}"):
+        from service.engine.base_model import BaseModelError, identify, skeleton  # transformers: seconds to import
+
+        try:
+            return BaseSkeleton(skeleton(model), identify(model, None, ()))
+        except BaseModelError as error:
+            raise CommandError(str(error)) from error

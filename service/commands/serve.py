@@ -1,0 +1,148 @@
+"""`vblora-serve serve`: the HTTP server, from listening to the last request's end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.assembly import Server, build_server
+from service.commands import CommandError
+from service.commands.output import say
+from service.engine.base_model import BaseModelError
+from service.engine.seam import Engine
+from service.logs import setup_logging
+from service.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than the proxies in front, which would else send on a connection that is being closed
+_LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
+
+
+def run(settings: Settings) -> int:
+    """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
+    setup_logging(format=settings.log_format, level=settings.log_level)
+    log.info("settings", extra=settings.shown())
+    with listening(settings.host, settings.port) as listener:
+        started = time.monotonic()
+        try:
+            server = build_server(settings)
+        except BaseModelError as error:
+            raise CommandError(str(error)) from error
+
+        def announce() -> None:
+            log.info("ready", extra={"url": url_of(listener), "seconds": round(time.monotonic() - started, 1)})
+            if settings.log_format == "text":
+                introduce(server, url_of(listener))
+
+        try:
+            serve(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
+        finally:
+            server.close()
+    log.info("stopped")
+    return 0
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket bound to the address, before minutes go into loading a model. Raises SettingsError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SettingsError(f"host is {host!r}, which is no address of this machine: {error.strerror}") from error
+    with listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            reason = f"{error.strerror}; choose another --host or --port"
+            raise SettingsError(f"cannot listen on {host} port {port}: {reason}") from error
+        yield listener
+
+
+def serve(
+    server: Server, listener: socket.socket, *, drain_timeout_s: float, announce: Callable[[], None] = lambda: None
+) -> None:
+    """Answers requests until a signal asks to end, then until those running have ended.
+
+    `announce` is called once the server accepts connections.
+    """
+    config = uvicorn.Config(
+        create_app(server.state),
+        log_config=None,
+        access_log=False,  # the application writes its own
+        server_header=False,
+        ws="none",
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
+    )
+    DrainingServer(config, server.engine, drain_timeout_s, announce).run([listener])
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in order: no new connections and requests; those running may finish; the rest are told that they fail."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, drain_timeout_s: float, announce: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_timeout_s = drain_timeout_s
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks to end, the second to hurry. Unlike uvicorn's, it is not raised again at the end."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("ending: requests have %g seconds to finish", self._drain_timeout_s)
+        draining = asyncio.create_task(asyncio.to_thread(self._drain))
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._engine.stop)  # in a hurry, requests may still run
+        await draining
+
+    def _drain(self) -> None:
+        if not self._engine.drain(self._drain_timeout_s):
+            log.warning("some requests did not end within %g seconds: failing them", self._drain_timeout_s)
+            self._engine.stop()
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a browser on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def introduce(server: Server, url: str) -> None:
+    """Says where the server is, and how to try it."""
+    state = server.state
+    records, _ = state.store.list("", limit=1)
+    body = {"prompt": "Once upon a time", "max_new_tokens": 32}
+    if records:
+        body["adapter"] = records[0].name
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.settings.api_keys else ""
+    say(f"Serving {state.base.id} with {state.store.count('')} adapters at {url}. Try:")
+    say(f"  curl {url}/v1/generate{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")

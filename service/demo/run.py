@@ -1,0 +1,104 @@
+"""`vblora-serve demo`: serves the model and the adapters that come with the package, and shows what they do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from service.assembly import build_server
+from service.commands import CommandError
+from service.commands.serve import listening, url_of
+from service.commands.serve import serve as serve_until_stopped
+from service.demo.styles import PROMPTS
+from service.demo.tour import Tour
+from service.logs import setup_logging
+from service.settings import Settings, default_data_dir
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+BASE_ID = "vblora-demo-base"
+_TIMEOUT_S = 60
+_SHOWN_PROMPTS = 1
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How the tour ended; written by its thread, read when the server has stopped."""
+
+    faults: list[str] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def main(settings: Settings, *, check: bool, serve: bool) -> int:
+    """Serves the demo until Ctrl-C; without `serve` or with `check`, until it has shown what it has to show.
+
+    With `check` the exit status is 1 unless every adapter writes in its own style. Adapters live in a temporary
+    directory unless a data directory is given.
+    """
+    card = _read_card()
+    setup_logging(format=settings.log_format, level="warning" if settings.log_level == "info" else settings.log_level)
+    outcome = _Outcome()
+    with ExitStack() as opened:
+        settings = replace(settings, model=str(ASSETS / "base"), served_model_name=BASE_ID)
+        if settings.data_dir == default_data_dir():
+            temporary = opened.enter_context(tempfile.TemporaryDirectory(prefix="vblora-demo-"))
+            settings = replace(settings, data_dir=Path(temporary))
+        listener = opened.enter_context(listening(settings.host, settings.port))
+        server = build_server(settings)
+        opened.callback(server.close)
+
+        def announce() -> None:
+            arguments = (url_of(listener), card, outcome, serve and not check)
+            threading.Thread(target=_guide, args=arguments, name="vblora-tour", daemon=True).start()
+
+        serve_until_stopped(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
+    return _verdict(outcome, check=check)
+
+
+def _read_card() -> dict[str, Any]:
+    try:
+        card: dict[str, Any] = json.loads((ASSETS / "card.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"the demo's files are missing ({error}); install the package again") from error
+    return card
+
+
+def _guide(url: str, card: dict[str, Any], outcome: _Outcome, stay: bool) -> None:
+    """On a thread of its own, beside the server: shows everything, then ends the server unless it is to stay."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    try:
+        with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
+            tour = Tour(client, ASSETS / "adapters", card["blend"]["adapters"], console)
+            console.print(f"serving {BASE_ID} ({card['base']['parameters']:,} parameters) at {url}")
+            tour.upload()
+            tour.show_counts()
+            for prompt in PROMPTS[:_SHOWN_PROMPTS]:
+                outcome.faults += tour.faults(tour.show_answers(prompt))
+            if stay:
+                tour.show_commands(url)
+    except Exception as error:
+        outcome.error = error
+        stay = False
+    if not stay:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _verdict(outcome: _Outcome, *, check: bool) -> int:
+    if outcome.error is not None:
+        raise CommandError(f"the demo failed: {outcome.error}") from outcome.error
+    if check and outcome.faults:
+        raise CommandError("the adapters do not write as they should: " + "; ".join(outcome.faults))
+    return 0

@@ -1,0 +1,91 @@
+"""Logging: one handler, text for people or one JSON object a line for machines. Prompts and outputs are never logged.
+
+Whatever a record carries in `extra` becomes a field: `log.info("registered", extra={"adapter": name})` is written
+`… registered adapter=sql`, or as a key of the JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+OWN_LOGGERS = ("adapters", "service", "vblora", "uvicorn")
+
+# What users write and what lets them in has no place in a log, whoever hands it to one.
+PRIVATE_FIELDS = frozenset({"prompt", "messages", "input", "text", "content", "output", "authorization", "api_key"})
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_PLAIN = re.compile(r"[\w.:/@+,%=-]+")
+
+
+def setup_logging(*, format: str = "text", level: str = "info", stream: TextIO | None = None) -> None:
+    """Sends every logger's records to `stream` (stderr), from `level` upwards; libraries' from warning upwards.
+
+    Calling it again replaces what it set up before.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
+    logging.captureWarnings(True)
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(threshold)
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z INFO service.engine: message key=value`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        words = [_time(record), record.levelname, f"{record.name}:", printable(record.getMessage())]
+        words += [f"{name}={_quoted(value)}" for name, value in fields_of(record)]
+        return "\n".join([" ".join(words), *_trace(self, record)])
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"time": …, "level": …, "logger": …, "message": …, "key": value, "exception": …}` on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name, value in fields_of(record):
+            values.setdefault(name, value if not isinstance(value, float) or math.isfinite(value) else str(value))
+        for trace in _trace(self, record):
+            values["exception"] = trace
+        return json.dumps(values, default=str)
+
+
+def printable(text: str) -> str:
+    """Text with its control characters spelled out: what a client sent can neither end a line nor drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def fields_of(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+    """What the record carries besides logging's own attributes; nothing private, and nothing that is None."""
+    for name, value in vars(record).items():
+        if name not in _STANDARD and name not in PRIVATE_FIELDS and value is not None:
+            yield name, value
+
+
+def _time(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> Iterator[str]:
+    if record.exc_info and record.exc_info[0] is not None:
+        yield formatter.formatException(record.exc_info)
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

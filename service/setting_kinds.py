@@ -1,0 +1,120 @@
+"""The kinds of values that settings have: how each is read from text, shown again, and named when the text is wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_WHOLE = re.compile(r"\d{1,18}", re.ASCII)
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter to register at start: its name, and the directory that holds it."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a setting's values are. `parse` reads one from text, raising ValueError for text that is not `expected`.
+
+    A configuration file may write the value as text or as one of the types in `toml`.
+    """
+
+    expected: str
+    parse: Callable[[str], Any]
+    metavar: str
+    toml: tuple[type, ...] = ()
+    show: Callable[[Any], str] = str
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "2GiB", "500 MB" or "1024". Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(text)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_size(size: int) -> str:
+    """The exact way to write a number of bytes in the largest binary unit: "1GiB"."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size and size % factor == 0:
+            return f"{size // factor}{unit}"
+    return str(size)
+
+
+def whole(minimum: int, maximum: int | None = None) -> Kind:
+    def parse(text: str) -> int:
+        value = int(text) if _WHOLE.fullmatch(text) else -1
+        if value < minimum or (maximum is not None and value > maximum):
+            raise ValueError(text)
+        return value
+
+    assert minimum >= 0, "a minus sign is not read"
+    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    return Kind(f"a whole number {limits}", parse, "N", (int,))
+
+
+def choice(*options: str) -> Kind:
+    def parse(text: str) -> str:
+        if text not in options:
+            raise ValueError(text)
+        return text
+
+    return Kind(f"one of {', '.join(options)}", parse, "{" + ",".join(options) + "}")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text)).expanduser()
+
+
+def _bytes(text: str) -> int:
+    if (size := parse_size(text)) < 1:
+        raise ValueError(text)
+    return size
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise ValueError(text)
+    return _BOOLEANS[text.lower()]
+
+
+def _adapter_source(text: str) -> AdapterSource:
+    name, _, source = text.partition("=")
+    if not (name and source):
+        raise ValueError(text)
+    return AdapterSource(name, source)
+
+
+TEXT = Kind("a text that is not empty", _text, "TEXT")
+PATH = Kind("a path", _path, "PATH")
+BYTES = Kind("a number of bytes such as 512MiB, 2GiB or 1000000", _bytes, "SIZE", (int,), format_size)
+SECONDS = Kind("a number of seconds above 0", _seconds, "SECONDS", (int, float), "{:g}".format)
+BOOLEAN = Kind("true or false", _boolean, "", (bool,), lambda value: str(value).lower())
+ADAPTER = Kind("NAME=DIRECTORY", _adapter_source, "NAME=DIR", show=lambda adapter: f"{adapter.name}={adapter.source}")

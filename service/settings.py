@@ -1,0 +1,241 @@
+"""The settings: what the server can be told, where it may be told it, and what is said when it was told wrong.
+
+Each is a flag (`--max-batch-size`), a variable (`VBLORA_MAX_BATCH_SIZE`) and a key of the `--config` file
+(`max_batch_size`). The first of these that gives a setting decides, else its default. docs/settings.md lists them all.
+
+    settings = load_settings({"port": "8080"}, environ=os.environ, config=Path("server.toml"))
+"""
+
+# ruff: noqa: RUF009 - _setting makes a dataclass field
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from service.setting_kinds import ADAPTER, BOOLEAN, BYTES, PATH, SECONDS, TEXT, AdapterSource, Kind, choice, whole
+
+log = logging.getLogger(__name__)
+
+PREFIX = "VBLORA_"
+CONFIG_VARIABLE = f"{PREFIX}CONFIG"
+DEBUG_VARIABLE = f"{PREFIX}DEBUG"
+
+# Kubernetes describes every Service to every pod: one called `vblora` becomes VBLORA_PORT=tcp://10.0.0.1:8000.
+_SERVICE_LINK = re.compile(r"\w+_SERVICE_(HOST|PORT)(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PORT|PROTO|ADDR))?")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+class SettingsError(Exception):
+    """A setting that is unknown or cannot be read; the message names where it was given and what was expected."""
+
+
+def _setting(kind: Kind, default: Any, help: str, *, shown: str | None = None) -> Any:
+    """A field with what is told of it. `()` as default makes it repeatable; a function is called for the default."""
+    metadata = {"kind": kind, "help": help, "repeatable": default == (), "default": shown or _text_of(kind, default)}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _text_of(kind: Kind, value: Any) -> str:
+    values = value if isinstance(value, tuple) else (value,)
+    return ",".join(kind.show(each) for each in values if each is not None)
+
+
+def default_data_dir() -> Path:
+    """Where a user's data belongs by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "vblora-serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting of the server, parsed. Sizes are in bytes, times in seconds."""
+
+    model: str | None = _setting(TEXT, None, "The base model: a Hugging Face directory or Hub id. `serve` needs it.")
+    served_model_name: str | None = _setting(
+        TEXT, None, "What the API calls the base model.", shown="its Hub id, or the last part of its path"
+    )
+    base_alias: tuple[str, ...] = _setting(
+        TEXT, (), "Another id of the same base weights: adapters that name it are accepted."
+    )
+    device: str = _setting(choice("auto", "cuda", "cpu"), "auto", "Where the model runs. auto: CUDA if there is one.")
+    dtype: str = _setting(
+        choice("auto", "float32", "bfloat16", "float16"),
+        "auto",
+        "The model's number format. auto: float32 on a CPU, the checkpoint's own on CUDA.",
+    )
+    threads: int = _setting(whole(0), 0, "CPU threads for the model's arithmetic. 0: PyTorch's choice.")
+    host: str = _setting(TEXT, "127.0.0.1", "The address to listen on. 0.0.0.0: every address of the machine.")
+    port: int = _setting(whole(0, 65535), 8000, "The port to listen on. 0: a free one.")
+    data_dir: Path = _setting(
+        PATH,
+        default_data_dir,
+        "Where adapters are kept. One server at a time owns it.",
+        shown="$XDG_DATA_HOME/vblora-serve, or ~/.local/share/vblora-serve",
+    )
+    adapter: tuple[AdapterSource, ...] = _setting(
+        ADAPTER, (), "An adapter to register at start. One whose files are registered already is left as it is."
+    )
+    adapter_memory: int = _setting(
+        BYTES, 1 << 30, "Memory for the factors of adapters, beside the model. The least recently used leave first."
+    )
+    keep_versions: int = _setting(whole(1), 5, "Versions kept of each adapter, the current one included.")
+    max_batch_size: int = _setting(whole(1), 16, "Sequences that run together.")
+    max_queue: int = _setting(whole(1), 256, "Sequences that may wait; beyond them a request is refused with 429.")
+    max_context: int = _setting(
+        whole(0), 0, "Most tokens of a request, prompt and output together. 0: the model's limit."
+    )
+    max_upload: int = _setting(BYTES, 256 << 20, "The largest upload of an adapter.")
+    upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
+    request_timeout_s: float = _setting(SECONDS, 300.0, "How long a generation may take, waiting included.")
+    drain_timeout_s: float = _setting(SECONDS, 30.0, "How long running requests may go on after SIGTERM.")
+    allow_source: tuple[Path, ...] = _setting(
+        PATH, (), "A directory under which adapters may be registered by path over HTTP."
+    )
+    api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
+    metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
+    log_format: str = _setting(choice("text", "json"), "text", "How log lines are written.")
+    log_level: str = _setting(choice("debug", "info", "warning", "error"), "info", "The least severe records logged.")
+
+    def shown(self) -> dict[str, str]:
+        """The settings that have a value, as text that would be read as that value."""
+        texts = {setting.name: _text_of(setting.kind, getattr(self, setting.name)) for setting in SETTINGS}
+        return {name: text for name, text in texts.items() if text}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of `Settings` as people write it; `default` is text for them. A `repeatable` one holds a tuple."""
+
+    name: str
+    kind: Kind
+    help: str
+    repeatable: bool
+    default: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+
+SETTINGS: tuple[Setting, ...] = tuple(Setting(each.name, **each.metadata) for each in fields(Settings))
+_BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value as it was given, and where: `--port`, `VBLORA_PORT` or `port in server.toml`."""
+
+    where: str
+    value: Any
+
+
+def load_settings(
+    flags: Mapping[str, Any], *, environ: Mapping[str, str] = os.environ, config: Path | None = None
+) -> Settings:
+    """The settings from the flags given (by setting's name), the environment and a configuration file.
+
+    Raises SettingsError for a name that is no setting and for a value that cannot be read.
+    """
+    if config is None and environ.get(CONFIG_VARIABLE):
+        config = Path(environ[CONFIG_VARIABLE])
+    given = {} if config is None else _from_file(config)
+    given |= _from_environment(environ)
+    given |= {name: _Given(_BY_NAME[name].flag, value) for name, value in flags.items()}
+    return Settings(**{name: _parsed(_BY_NAME[name], each) for name, each in given.items()})
+
+
+def _from_file(path: Path) -> dict[str, _Given]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"the configuration file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"the configuration file {path} is not TOML: {error}") from error
+    given: dict[str, _Given] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in _BY_NAME:
+            raise _unknown(f"{key} in {path}", name, list(_BY_NAME))
+        if name in given:
+            raise SettingsError(f"{path} gives {name} twice, with a dash and with an underscore: remove one")
+        given[name] = _Given(f"{key} in {path}", value)
+    return given
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
+    """Empty variables count as not set: that is how compose files and charts pass on what nobody gave."""
+    by_variable = {setting.variable: setting for setting in SETTINGS}
+    given: dict[str, _Given] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX) or not text or _is_service_link(variable, text):
+            continue
+        if variable in by_variable:
+            setting = by_variable[variable]
+            given[setting.name] = _Given(variable, text.split(",") if setting.repeatable else text)
+        elif variable not in (CONFIG_VARIABLE, DEBUG_VARIABLE):
+            raise _unknown(variable, variable, list(by_variable))
+    return given
+
+
+def _is_service_link(variable: str, text: str) -> bool:
+    return bool(_SERVICE_LINK.fullmatch(variable) or _SERVICE_URL.match(text))
+
+
+def _unknown(where: str, name: str, known: list[str]) -> SettingsError:
+    nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return SettingsError(f"{where} is no setting; the nearest is {nearest}")
+
+
+def _parsed(setting: Setting, given: _Given) -> Any:
+    if not setting.repeatable:
+        return _value(setting.kind, given.where, given.value)
+    values = given.value if isinstance(given.value, list) else [given.value]
+    return tuple(_value(setting.kind, given.where, each) for each in values)
+
+
+def _value(kind: Kind, where: str, value: Any) -> Any:
+    text = value.strip() if isinstance(value, str) else None
+    if type(value) in kind.toml:  # not isinstance: a bool is an int
+        text = str(value).lower()
+    try:
+        if text is None:
+            raise ValueError
+        return kind.parse(text)
+    except ValueError:
+        raise SettingsError(f"{where} is {value!r}; expected {kind.expected}") from None
+
+
+def load_api_keys(path: Path) -> frozenset[str]:
+    """The SHA-256 hex digests of the keys in a file: one a line; blank lines and # comments are passed over.
+
+    Raises SettingsError for a file that cannot be read or holds no key. The keys themselves are kept nowhere.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"the API key file {path} cannot be read: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise SettingsError(f"the API key file {path} holds no key; write one a line, or leave the setting out")
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise SettingsError(
+            f"a key in {path} has characters that no HTTP header carries; use letters, digits and - . _"
+        )
+    if mode & 0o077:
+        log.warning("the API key file %s can be read by other users; chmod 600 it", path)
+    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)

@@ -1,0 +1,133 @@
+"""Stand-ins for the expensive neighbours of the HTTP layer, as narrow as the protocols that it asks for."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from adapters.merge import FoldReport
+from service.engine.events import (
+    Event,
+    EventSink,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Timing,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+from service.engine.seam import EngineState, EngineStats
+from service.engine.selection import Selection
+from service.engine.sequence import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Fails an accepted request once so many steps are done."""
+
+    code: str
+    message: str
+    after: int = 0
+
+
+class FakeEngine:
+    """Answers with the selection's own header, repeated: a request that ran something else shows it in its text.
+
+    Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
+    `submit`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it is set.
+    """
+
+    def __init__(self) -> None:
+        self.state = EngineState.READY
+        self.max_context = 256
+        self.requests: list[GenerationRequest] = []
+        self.folded: list[Selection] = []
+        self.refusal: Exception | None = None
+        self.failure: Failure | None = None
+        self.fold_error: Exception | None = None
+        self.fold_never_comes = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.submitted = threading.Event()
+        self.cancelled = threading.Event()
+        self._cancelled_ids: set[str] = set()
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        threading.Thread(target=self._run, args=(request, sink), daemon=True).start()
+        self.submitted.set()
+
+    def cancel(self, request_id: str) -> None:
+        self._cancelled_ids.add(request_id)
+        self.cancelled.set()
+
+    def fold(self, selection: Selection) -> Future[FoldReport]:
+        self.folded.append(selection)
+        folding: Future[FoldReport] = Future()
+        if self.fold_error is not None:
+            folding.set_exception(self.fold_error)
+        elif not self.fold_never_comes:
+            folding.set_result(FoldReport(0.25, "model.layers.0.self_attn.q_proj"))
+        return folding
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, 0, 0)
+
+    def drain(self, timeout_s: float) -> bool:
+        self.state = EngineState.DRAINING
+        return True
+
+    def stop(self) -> None:
+        self.state = EngineState.STOPPED
+
+    def _run(self, request: GenerationRequest, sink: EventSink) -> None:
+        sink(self._generate(request, sink))
+
+    def _generate(self, request: GenerationRequest, sink: EventSink) -> Event:
+        """Delivers the tokens; returns the terminal event."""
+        for step in range(request.params.max_new_tokens):
+            self.gate.wait(timeout=30)
+            if self.failure is not None and self.failure.after == step:
+                return FailedEvent(request.request_id, self.failure.code, self.failure.message)
+            for choice in range(request.n):
+                sink(_token(request, choice, step))
+        tokens = request.params.max_new_tokens * request.n
+        usage = Usage(len(request.prompt_ids), tokens)
+        return FinishedEvent(request.request_id, usage, Timing(0.1, 0.2, 0.3), request.selection.mode)
+
+
+def fake_text(header: str, tokens: int) -> str:
+    """What the FakeEngine answers for a selection with that header."""
+    return (f"{header};" * tokens)[:tokens]
+
+
+def _token(request: GenerationRequest, choice: int, step: int) -> TokenEvent:
+    text = fake_text(request.selection.header, step + 1)[-1]
+    last = step + 1 == request.params.max_new_tokens
+    wanted = request.params.logprobs
+    top = tuple((ord("a") + i, -1.0 - i) for i in range(wanted or 0))
+    logprobs = () if wanted is None else (TokenLogprob(ord(text), float("-inf") if step else -0.5, top),)
+    return TokenEvent(request.request_id, choice, (ord(text),), text, logprobs, FinishReason.LENGTH if last else None)
+
+
+class FakeMetrics:
+    """Remembers what was counted."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.errors: Counter[str] = Counter()
+
+    def render(self) -> tuple[bytes, str]:
+        return b"fake_metric 1\n", "text/plain; version=0.0.4; charset=utf-8"
+
+    def observe_request(self, route: str, code: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.requests[route, code] += 1
+
+    def count_error(self, code: str) -> None:
+        self.errors[code] += 1
