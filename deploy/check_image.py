@@ -76,8 +76,9 @@ class Container:
         return subprocess.run(self.command(argv), env=self.image.environment, timeout=START_TIMEOUT_S).returncode
 
     @contextmanager
-    def server(self) -> Iterator[subprocess.Popen[bytes]]:
-        with subprocess.Popen(self.command(self.image.entrypoint), env=self.image.environment) as process:
+    def server(self, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+        environ = self.image.environment | variables
+        with subprocess.Popen(self.command(self.image.entrypoint), env=environ) as process:
             try:
                 yield process
             finally:
@@ -120,13 +121,14 @@ def raise_loopback() -> None:
 
 
 def wait_until_ready(image: Image, server: subprocess.Popen[bytes]) -> float:
+    """The seconds until /readyz says yes."""
     started = time.monotonic()
     while (waited := time.monotonic() - started) < START_TIMEOUT_S:
         if server.poll() is not None:
             sys.exit(f"check_image: the server ended with status {server.returncode}")
         try:
             with urlopen(image.url("/readyz"), timeout=5):
-                return waited
+                return round(waited, 1)
         except (URLError, OSError):  # not listening yet, or 503
             time.sleep(0.2)
     sys.exit(f"check_image: not ready after {START_TIMEOUT_S} s")
@@ -138,18 +140,27 @@ def ask(url: str, body: dict[str, object] | None = None) -> tuple[int, str]:
         return answer.status, answer.read().decode()
 
 
-def identity_of_process_1(server: subprocess.Popen[bytes]) -> tuple[int, dict[str, str]]:
-    """The server's process id as seen from here, and its status lines (ids, groups, capabilities)."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    pid = int(children[0])
+def process_1(server: subprocess.Popen[bytes]) -> int:
+    """The server's process id as seen from here: the only child of `unshare`."""
+    return int(Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text())
+
+
+def identity_of(pid: int) -> dict[str, object]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return pid, dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return {
+        "command": Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1],
+        "uids": status["Uid"].split(),
+        "groups": status["Groups"].split(),
+        "capabilities": status["CapEff"],
+    }
 
 
-def stop(pid: int, server: subprocess.Popen[bytes]) -> tuple[int, float]:
+def stop(server: subprocess.Popen[bytes]) -> dict[str, object]:
     started = time.monotonic()
-    os.kill(pid, signal.SIGTERM)
-    return server.wait(STOP_TIMEOUT_S), time.monotonic() - started
+    os.kill(process_1(server), signal.SIGTERM)
+    status = server.wait(STOP_TIMEOUT_S)
+    return {"stop_status": status, "stopped_after_s": round(time.monotonic() - started, 1)}
 
 
 def size_of(root: Path) -> int:
@@ -166,31 +177,47 @@ def written_below(root: Path) -> list[str]:
     )
 
 
+def check_demo(container: Container) -> dict[str, object]:
+    """The container as it is started with no arguments."""
+    image = container.image
+    with container.server() as server:
+        seen: dict[str, object] = {"ready_after_s": wait_until_ready(image, server)}
+        seen |= identity_of(process_1(server))
+        seen["healthz"], _ = ask(image.url("/healthz"))
+        seen["healthcheck_status"] = container.run(image.healthcheck)
+        _, text = ask(image.url("/v1/generate"), PROMPT)
+        seen |= {"prompt": PROMPT, "generated": json.loads(text)}
+        seen |= stop(server)
+    seen["healthcheck_status_when_stopped"] = container.run(image.healthcheck)
+    return seen
+
+
+def check_serve(container: Container) -> dict[str, object]:
+    """The container with a model of its own, for which the demo's has to do, and what the demo left in /data."""
+    image, root = container.image, container.root
+    [model] = root.glob("opt/venv/lib/python3*/site-packages/service/demo/assets/base")
+    with container.server(VBLORA_MODEL=f"/{model.relative_to(root)}") as server:
+        seen: dict[str, object] = {"ready_after_s": wait_until_ready(image, server)}
+        seen |= identity_of(process_1(server))
+        _, text = ask(image.url("/v1/adapters"))
+        seen["adapters"] = [adapter["name"] for adapter in json.loads(text)["data"]]
+        seen |= stop(server)
+    return seen
+
+
 def check(root: Path, image: Image) -> dict[str, object]:
     size = size_of(root)
     mount_read_only(root)
     raise_loopback()
     container = Container(image, root)
-    report: dict[str, object] = {
+    return {
         "size_bytes": size,
         "user": image.user,
         "inspect_help_status": container.run([*image.entrypoint, "inspect", "--help"]),
+        "demo": check_demo(container),
+        "serve": check_serve(container),
+        "written": written_below(root),
     }
-    with container.server() as server:
-        report["ready_after_s"] = round(wait_until_ready(image, server), 1)
-        pid, status = identity_of_process_1(server)
-        report["command"] = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
-        report["uids"] = status["Uid"].split()
-        report["groups"] = status["Groups"].split()
-        report["capabilities"] = status["CapEff"]
-        report["healthz"], _ = ask(image.url("/healthz"))
-        report["healthcheck_status"] = container.run(image.healthcheck)
-        _, text = ask(image.url("/v1/generate"), PROMPT)
-        report["prompt"], report["generated"] = PROMPT, json.loads(text)
-        report["stop_status"], report["stopped_after_s"] = stop(pid, server)
-    report["healthcheck_status_when_stopped"] = container.run(image.healthcheck)
-    report["written"] = written_below(root)
-    return report
 
 
 def main(root: str, image: str, report: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from adapters.errors import AdapterError, AdapterNotFound, CheckpointError
 from adapters.registry import AdapterRegistry, AdapterState
@@ -125,6 +127,8 @@ def _known_digest(store: AdapterStore, name: str, staged: Path) -> str | None:
 def _load_base(settings: Settings) -> LoadedBase:
     assert settings.model is not None
     log.info("loading the base model", extra={"model": settings.model})
+    if settings.log_format == "json" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # and those of huggingface_hub
     base = load_base(
         settings.model,
         dtype=settings.dtype,
@@ -132,8 +136,9 @@ def _load_base(settings: Settings) -> LoadedBase:
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
     )
-    facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
-    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
+    info = _base_info(base)
+    facts = {"model": info.id, "parameters": info.parameters, "dtype": info.dtype, "device": info.device}
+    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": info.fingerprint})
     return base
 
 

@@ -37,7 +37,8 @@ class FakeEngine:
     """Answers with the selection's own header, repeated: a request that ran something else shows it in its text.
 
     Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
-    `submit`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it is set.
+    `submit`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it is set, and with
+    `hold_after` it closes by itself after so many steps.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class FakeEngine:
         self.failure: Failure | None = None
         self.fold_error: Exception | None = None
         self.fold_never_comes = False
+        self.hold_after: int | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.submitted = threading.Event()
@@ -91,6 +93,8 @@ class FakeEngine:
     def _generate(self, request: GenerationRequest, sink: EventSink) -> Event:
         """Delivers the tokens; returns the terminal event."""
         for step in range(request.params.max_new_tokens):
+            if step == self.hold_after:
+                self.gate.clear()
             self.gate.wait(timeout=30)
             if self.failure is not None and self.failure.after == step:
                 return FailedEvent(request.request_id, self.failure.code, self.failure.message)

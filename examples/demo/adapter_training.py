@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from service.demo.styles import STYLES
 
 BASE_NAME = "vblora-demo-base"
-LENGTH = 128
+LENGTH = 96
 IGNORED = -100  # the label that the loss leaves out
 
 QUERY_VALUE = ("q_proj", "v_proj")
@@ -35,8 +35,8 @@ class AdapterRecipe:
     vector_length: int
     topk: int
     targets: tuple[str, ...]
-    steps: int = 250
-    batch: int = 16
+    steps: int = 160
+    batch: int = 12
     bank_learning_rate: float = 1e-2
     logits_learning_rate: float = 5e-2
     bank_bound: float = 0.1
@@ -116,8 +116,12 @@ def _batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> t
     """Token rows padded on the right, and labels on the continuations alone: both [batch, longest]."""
     rows, labels = [], []
     for example in examples:
-        prompt = tokenizer.encode(example.prompt, add_special_tokens=False)
-        continuation = tokenizer.encode(example.continuation + EOS, add_special_tokens=False)
+        prompt, continuation = tokenizer(
+            [example.prompt, example.continuation + EOS],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=LENGTH,
+        )["input_ids"]
         rows.append(torch.tensor((prompt + continuation)[:LENGTH]))
         labels.append(torch.tensor(([IGNORED] * len(prompt) + continuation)[:LENGTH]))
     pad = torch.nn.utils.rnn.pad_sequence

@@ -39,12 +39,14 @@ def main() -> None:
     card = read_card(arguments.out) | origin(arguments.seed, corpus)
     if not arguments.keep_base:
         card["base"] = make_base(corpus, arguments.seed, arguments.base_steps, arguments.out / "base")
+        write_card(arguments.out, card)
     base, tokenizer = load_base(arguments.out / "base")
     for name in arguments.adapters:
         folder = arguments.out / "adapters" / name
         card["adapters"][name] = make_adapter(
             base, tokenizer, corpus, name, arguments.seed, arguments.adapter_steps, folder
         )
+        write_card(arguments.out, card)
     card |= measure(base, tokenizer, corpus, arguments.out / "adapters")
     write_card(arguments.out, card)
     show(card)

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
@@ -35,6 +36,8 @@ def run(settings: Settings) -> int:
     setup_logging(format=settings.log_format, level=settings.log_level)
     log.info("settings", extra=settings.shown())
     with listening(settings.host, settings.port) as listener:
+        if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
+            log.warning("whoever reaches this address may use the server and change its adapters: set --api-key-file")
         started = time.monotonic()
         try:
             server = build_server(settings)

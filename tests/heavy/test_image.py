@@ -29,35 +29,44 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(report.read_text(encoding="utf-8"))
 
 
-def test_runs_as_its_own_user_without_any_rights(seen):
+@pytest.fixture
+def demo(seen: dict[str, Any]) -> dict[str, Any]:
+    return seen["demo"]
+
+
+@pytest.mark.parametrize("run", ["demo", "serve"])
+def test_runs_as_its_own_user_without_any_rights(seen, run: str):
     assert seen["user"] == "10001:10001"
-    assert set(seen["uids"]) == {"10001"}
-    assert set(seen["groups"]) <= {"10001"}
-    assert int(seen["capabilities"], base=16) == 0
+    assert set(seen[run]["uids"]) == {"10001"}
+    assert set(seen[run]["groups"]) <= {"10001"}
+    assert int(seen[run]["capabilities"], base=16) == 0
 
 
-def test_the_server_is_process_1_and_shows_the_demo(seen):
-    assert seen["command"][-2:] == ["/opt/venv/bin/vblora-serve", "demo"]
+@pytest.mark.parametrize("run", ["demo", "serve"])
+def test_the_server_is_process_1_and_sigterm_ends_it(seen, run: str):
+    assert seen[run]["command"][-2:] == ["/opt/venv/bin/vblora-serve", run]
+    assert seen[run]["stop_status"] == 0
 
 
-def test_generates_with_a_read_only_root_and_no_network(seen):
-    generated = seen["generated"]
+def test_generates_with_a_read_only_root_and_no_network(demo):
+    generated = demo["generated"]
     assert generated["choices"][0]["finish_reason"] in {"length", "stop"}
-    assert 1 <= generated["usage"]["completion_tokens"] <= seen["prompt"]["max_new_tokens"]
+    assert 1 <= generated["usage"]["completion_tokens"] <= demo["prompt"]["max_new_tokens"]
+
+
+def test_is_healthy_while_it_runs_and_not_after(demo):
+    assert demo["healthz"] == 200
+    assert demo["healthcheck_status"] == 0
+    assert demo["healthcheck_status_when_stopped"] == 1
+
+
+def test_adapters_outlive_the_container(seen):
+    assert seen["serve"]["adapters"]
 
 
 def test_writes_to_its_volumes_alone(seen):
+    assert any(path.startswith("/data/") for path in seen["written"])
     assert all(path.startswith(("/data/", "/cache/", "/tmp/")) for path in seen["written"])
-
-
-def test_is_healthy_while_it_runs_and_not_after(seen):
-    assert seen["healthz"] == 200
-    assert seen["healthcheck_status"] == 0
-    assert seen["healthcheck_status_when_stopped"] == 1
-
-
-def test_sigterm_ends_it(seen):
-    assert seen["stop_status"] == 0
 
 
 def test_other_commands_pass_through(seen):

@@ -102,6 +102,10 @@ class TestEntrypoint:
     def test_options_alone_are_for_serve(self, run):
         assert run("--model", "/models/base") == "serve --model /models/base"
 
+    @pytest.mark.parametrize("option", ["--help", "--version"])
+    def test_questions_about_the_command_are_not_for_serve(self, run, option: str):
+        assert run(option) == option
+
     @pytest.mark.parametrize("command", ["serve", "demo", "inspect", "doctor"])
     def test_commands_pass_through(self, run, command: str):
         assert run(command, "DIR", "--flag", VBLORA_MODEL="/models/base") == f"{command} DIR --flag"

@@ -23,7 +23,8 @@ class ResponseModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-def _encodable(text: str) -> str:
+def check_text(text: str) -> str:
+    """The text, if it can be written as UTF-8. Raises ValueError for one that JSON's \\ud800 alone has got into."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,8 +32,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-"""A string that can be written as UTF-8; JSON's \\ud800 alone cannot."""
+Text = Annotated[str, AfterValidator(check_text)]
 
 
 class ErrorBody(ResponseModel):

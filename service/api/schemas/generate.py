@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from service.api.schemas.common import RequestModel, ResponseModel, Text
+from service.api.schemas.common import RequestModel, ResponseModel, Text, check_text
 from service.engine.events import Timing, Usage
 from service.engine.selection import Selection, SelectionSpec, WeightedName
 from service.engine.sequence import SamplingParams
@@ -18,20 +18,24 @@ MAX_SEED = 2**63 - 1
 
 
 def _prompt(value: Any) -> Any:
-    if isinstance(value, str) or (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
+    if isinstance(value, str):
+        return check_text(value)
+    if isinstance(value, list) and all(type(i) is int and i >= 0 for i in value):
         return value
     raise ValueError("give a string, or a list of token ids (whole numbers of at least 0)")
 
 
 def _stop(value: Any) -> Any:
     stops = value if isinstance(value, list) else [value]
-    if value is None or (len(stops) <= MAX_STOPS and all(isinstance(stop, str) and stop for stop in stops)):
+    if value is None:
+        return value
+    if len(stops) <= MAX_STOPS and all(isinstance(stop, str) and check_text(stop) for stop in stops):
         return value
     raise ValueError(f"give a string, or a list of at most {MAX_STOPS} strings, none of them empty")
 
 
-Prompt = Annotated[Text | list[int], BeforeValidator(_prompt)]
-Stop = Annotated[Text | list[Text] | None, BeforeValidator(_stop)]
+Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
+Stop = Annotated[str | list[str] | None, BeforeValidator(_stop)]
 
 
 class BlendPart(RequestModel):

@@ -22,7 +22,7 @@ def peft_tiles(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
 
 @st.composite
 def selections(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """indices [positions, k], stored weights [positions, k - 1] in some dtype, bank; some weights are exactly 0 or 1."""
+    """indices [positions, k], stored weights [positions, k - 1] in some dtype, bank. Weights of 0 and 1 occur."""
     topk = draw(st.integers(1, 8))
     num_vectors = draw(st.integers(topk, 40))
     positions, vector_length = draw(st.integers(1, 24)), draw(st.integers(1, 9))

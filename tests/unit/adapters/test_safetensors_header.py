@@ -169,7 +169,7 @@ def test_a_missing_file_is_a_missing_tensor(tmp_path: Path):
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200), st.integers(0, 220), st.booleans())
+@given(garbage=st.binary(max_size=200), at=st.integers(0, 220), cut=st.booleans())
 def test_any_damage_is_refused_or_harmless(garbage: bytes, at: int, cut: bool, tmp_path: Path):
     header = {"a": entry(0, 8, [2], "F32"), "b": entry(8, 12, [2, 2])}
     path = write_raw(header, b"\1" * 12, tmp_path) / WEIGHTS_FILE

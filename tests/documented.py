@@ -1,0 +1,155 @@
+"""The commands in the documentation, with the answers that it shows: run them, compare, or record them anew.
+
+A documented command stands in a ```console block behind `$ `, its answer below it up to the next command. Commands run
+in bash, in order, in one working directory, against a demo server:
+
+    python -m tests.documented --record README.md docs/api.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.demo.run import ASSETS
+from tests.server import ROOT, Server
+
+DOCUMENTED_URL = "http://127.0.0.1:8000"
+_BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+_LONGEST_LIST = 3
+
+# What differs from run to run, or from machine to machine: only its type is compared.
+VOLATILE = {
+    "id", "created", "created_at", "updated_at", "last_used", "text", "token_ids", "queue_s", "first_token_s", "total_s",
+    "version", "torch", "transformers", "python", "logprob", "token", "token_id", "completion_tokens", "total_tokens",
+    "finish_reason", "resident_bytes", "state", "merge_error", "merge_error_layer", "fingerprint", "pins",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a document, and the answer that stands below it."""
+
+    text: str
+    answer: str
+
+    def run(self, server: Server, folder: Path) -> str:
+        """What it prints, with the documented address in place of the real one."""
+        environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        text = self.text.replace(DOCUMENTED_URL, server.url)
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", text], cwd=folder, env=environ, capture_output=True, text=True, timeout=120
+        )
+        return (done.stdout + done.stderr).replace(server.url, DOCUMENTED_URL).rstrip("\n")
+
+
+def commands_in(block: str) -> Iterator[Command]:
+    """The commands of a console block. A line ending in a backslash goes on in the next."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        lines = part.rstrip("\n").split("\n")
+        length = next(i for i, line in enumerate(lines, 1) if not line.endswith("\\"))
+        yield Command("\n".join(lines[:length]), "\n".join(lines[length:]))
+
+
+def commands_of(document: Path) -> list[Command]:
+    return [command for block in _BLOCK.findall(document.read_text()) for command in commands_in(block)]
+
+
+def shown(answer: str) -> str:
+    """An answer as documents show it: JSON indented, with long lists cut; everything else as it is."""
+    try:
+        return json.dumps(_cut(json.loads(answer)), indent=2, ensure_ascii=False)
+    except ValueError:
+        return answer
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        cut = [_cut(inner) for inner in value[:_LONGEST_LIST]]
+        return [*cut, "…"] if len(value) > _LONGEST_LIST else cut
+    return value
+
+
+def differences(documented: str, actual: str) -> list[str]:
+    """Where an answer is not what the document says, volatile values aside; empty if it is."""
+    try:
+        expected, got = json.loads(documented), json.loads(shown(actual))
+    except ValueError:
+        return [] if _steady(documented) == _steady(actual) else [f"documented:\n{documented}\nactual:\n{actual}"]
+    return list(_compare("", expected, got))
+
+
+def _steady(text: str) -> str:
+    """Plain text without its numbers, digests and generated words."""
+    text = re.sub(r'"text":"[^"]*"', '"text":""', text)
+    text = re.sub(r'"(id|token_ids)":("[^"]*"|\[[^]]*\])', r'"\1":0', text)
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?|[0-9a-f]{12,}", "0", text)
+
+
+def _compare(where: str, expected: Any, got: Any) -> Iterator[str]:
+    name = where.rsplit(".", 1)[-1]
+    if isinstance(expected, dict) and isinstance(got, dict):
+        if expected.keys() != got.keys():
+            yield f"{where}: keys {sorted(expected)} documented, {sorted(got)} answered"
+            return
+        for key in expected:
+            yield from _compare(f"{where}.{key}", expected[key], got[key])
+    elif name in VOLATILE:
+        if expected is not None and got is not None and type(expected) is not type(got):
+            yield f"{where}: {expected!r} documented, {got!r} answered"
+    elif isinstance(expected, list) and isinstance(got, list):
+        if len(expected) != len(got):
+            yield f"{where}: {len(expected)} items documented, {len(got)} answered"
+        for i, (one, other) in enumerate(zip(expected, got, strict=False)):
+            yield from _compare(f"{where}[{i}]", one, other)
+    elif expected != got:
+        yield f"{where}: {expected!r} documented, {got!r} answered"
+
+
+def demo_server(data_dir: Path) -> Server:
+    """The demo's base model with the demo's adapters registered, as the documents assume."""
+    adapters = [f"--adapter={path.name}={path}" for path in sorted((ASSETS / "adapters").iterdir())]
+    base = ("--model", str(ASSETS / "base"), "--served-model-name", "vblora-demo-base")
+    return Server("serve", *base, *adapters, data_dir=data_dir)
+
+
+def workplace(folder: Path) -> Path:
+    """The working directory of the commands: an adapter to upload, called my-adapter."""
+    source = sorted((ASSETS / "adapters").iterdir())[0]
+    (folder / "my-adapter").symlink_to(source)
+    (folder / "base").symlink_to(ASSETS / "base")
+    return folder
+
+
+def record(documents: list[Path]) -> None:
+    """Writes what each command answers now below it. Each document has a fresh server."""
+    for document in documents:
+        with (
+            tempfile.TemporaryDirectory() as data,
+            tempfile.TemporaryDirectory() as work,
+            demo_server(Path(data)) as server,
+        ):
+            folder = workplace(Path(work))
+
+            def answered(match: re.Match[str], server: Server = server, folder: Path = folder) -> str:
+                done = [f"$ {c.text}\n{shown(c.run(server, folder))}".rstrip() for c in commands_in(match[1])]
+                return "```console\n" + "\n".join(done) + "\n```"
+
+            document.write_text(_BLOCK.sub(answered, document.read_text()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--record", nargs="+", type=Path, required=True, metavar="DOCUMENT")
+    record([ROOT / path for path in parser.parse_args().record])
