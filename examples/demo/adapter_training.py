@@ -146,3 +146,4 @@ def _rewrite_weights(path: Path) -> None:
             excess = (weights.sum(-1) - 1).clamp(min=0)
             weights[..., 0] -= excess * 2  # the largest: PEFT stores them in falling order
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
