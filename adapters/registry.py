@@ -21,7 +21,14 @@ import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_extras, check_layout
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
-from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable, CheckpointError
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    AdapterTooLarge,
+    AdapterUnavailable,
+    CheckpointError,
+    StoreError,
+)
 from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
 from adapters.layout import read_layout
 from adapters.store import AdapterRecord, AdapterStore, digest_of
@@ -148,8 +155,14 @@ class AdapterRegistry:
             assert live.pins > 0
             live.pins -= 1
             self._evict()
-            if live.pins == 0 and not self._store.digest_in_use(digest):
+            if live.pins == 0 and not self._is_stored(digest):
                 del self._live[digest]
+
+    def _is_stored(self, digest: str) -> bool:
+        try:
+            return self._store.digest_in_use(digest)
+        except StoreError:
+            return True  # the engine's thread asks; a failing disk must not end it
 
     def forget_deleted(self, digests: list[str]) -> None:
         """Drops from memory what no name refers to any more and no request holds."""

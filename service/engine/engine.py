@@ -131,6 +131,7 @@ class BatchEngine:
             if self._thread.is_alive():
                 self._thread.join()
             self._loaders.shutdown(wait=True)
+            self._run_commands()  # what the loaders handed over last, so that its pins are given back
             self._fail_all("the server stopped before the request was finished")
 
     def _queued(self) -> int:
@@ -206,6 +207,9 @@ class BatchEngine:
         """Runs the commands that have come in; with nothing else to do, waits for one."""
         if not self._worker.has_work:
             self._inbox.get()()
+        self._run_commands()
+
+    def _run_commands(self) -> None:
         with suppress(Empty):
             while True:
                 self._inbox.get_nowait()()

@@ -45,6 +45,7 @@ class Worker:
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._folded: Selection | None = None
         self._mix: tuple[Mix, LowRankBatch | None] = ((), None)
+        self._unfoldable: set[object] = set()
         self.prompt_tokens = self.completion_tokens = self.folds = 0
 
     @property
@@ -75,6 +76,7 @@ class Worker:
     def fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> FoldReport:
         """Folds a selection into the base weights now. The next step restores them if its rows want something else."""
         weights = [adapter.weight for adapter in selection.adapters]
+        self._folded = None  # what was folded is restored first, also when the fold fails
         report = self._merger.fold(list(zip(factors, weights, strict=True)))
         self._folded = selection
         self.folds += 1
@@ -102,9 +104,16 @@ class Worker:
         if self._folded is not None and (wanted is None or wanted.key != self._folded.key):
             self._merger.restore()
             self._folded = None
-        if self._folded is None and wanted is not None:
-            job, _ = self._owners[self._scheduler.running[0]]
-            self.fold(wanted, job.factors)
+        if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
+            self._try_fold(wanted, self._owners[self._scheduler.running[0]][0].factors)
+
+    def _try_fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> None:
+        """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
+        try:
+            self.fold(selection, factors)
+        except Exception as error:
+            log.warning("%s cannot be folded: %s", selection.header, error)
+            self._unfoldable.add(selection.key)
 
     def _low_rank(self, sequences: list[Sequence]) -> LowRankBatch | None:
         """The low-rank part for these rows, kept from the last step while the rows' selections stay the same."""
@@ -162,6 +171,7 @@ class Worker:
             del self._owners[sequence]
         if not alive:
             self._mix = ((), None)  # lets go of factors that may be evicted now
+            self._unfoldable.clear()
 
 
 def failure(error: Exception) -> tuple[str, str]:
