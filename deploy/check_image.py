@@ -27,6 +27,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 WRITABLE = ("data", "cache", "tmp")
+DEVICES = ("null", "zero", "full", "random", "urandom")
 START_TIMEOUT_S = 180
 ANSWER_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
@@ -160,20 +161,20 @@ def _tool(name: str) -> str:
     return path
 
 
-def mount_read_only(root: Path) -> None:
-    """Binds `root` onto itself read-only, with fresh writable folders where the image has its volumes."""
+def mount(*arguments: object) -> None:
+    subprocess.run([_tool("mount"), *map(str, arguments)], check=True)
 
-    def mount(*arguments: str) -> None:
-        subprocess.run([_tool("mount"), *arguments], check=True)
 
-    owner = [(root / name).stat() for name in WRITABLE]
-    mount("--bind", str(root), str(root))
-    mount("--rbind", "/dev", str(root / "dev"))
-    for name, was in zip(WRITABLE, owner, strict=True):
+def prepare(root: Path) -> None:
+    """Makes of `root` what a container sees: fresh volumes, a few devices, its own /etc/hosts, the rest read-only."""
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
+    owners = [(root / name).stat() for name in WRITABLE]
+    mount("--bind", root, root)
+    for name, was in zip(WRITABLE, owners, strict=True):
         options = f"uid={was.st_uid},gid={was.st_gid},mode={was.st_mode & 0o7777:o}"
-        mount("-t", "tmpfs", "-o", options, "tmpfs", str(root / name))
-    (root / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")  # an engine brings this file
-    mount("-o", "remount,bind,ro", str(root))
+        mount("-t", "tmpfs", "-o", options, "tmpfs", root / name)
+    mount_devices(root / "dev")
+    mount("-o", "remount,bind,ro", root)
     try:
         (root / "probe").touch()
     except OSError as error:
@@ -181,6 +182,15 @@ def mount_read_only(root: Path) -> None:
             return
         raise
     sys.exit("check_image: the root could not be made read-only")
+
+
+def mount_devices(folder: Path) -> None:
+    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", folder)
+    for name in DEVICES:
+        (folder / name).touch()
+        mount("--bind", Path("/dev") / name, folder / name)
+    (folder / "shm").mkdir()
+    mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder / "shm")
 
 
 def raise_loopback() -> None:
@@ -232,7 +242,7 @@ def check_serve(container: Container) -> dict[str, object]:
 
 def check(root: Path, image: Image) -> dict[str, object]:
     size = size_of(root)
-    mount_read_only(root)
+    prepare(root)
     raise_loopback()
     container = Container(image, root)
     return {
