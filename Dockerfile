@@ -88,13 +88,14 @@ RUN --mount=type=bind,from=package,source=/package,target=/mnt/package \
     && /opt/pip/bin/pip --python /opt/venv/bin/python check
 
 # All that is ever written lies in /data, /cache and /tmp, so the root may be read-only
-# (bytecode was compiled when the packages were installed).
+# (bytecode was compiled when the packages were installed). torch makes its folder when it is
+# imported, for every user, hence /tmp.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/cache \
     HF_HOME=/cache/huggingface \
-    TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
     TRITON_CACHE_DIR=/cache/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     VBLORA_HOST=0.0.0.0 \

@@ -26,6 +26,8 @@ from adapters.vector_bank import VectorBank
 
 _INDEX_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 
+_LARGEST_IN_BANK = torch.finfo(torch.float32).max / 2
+
 ReadTensor = Callable[[str], Tensor]
 
 
@@ -164,7 +166,7 @@ def read_checkpoint(directory: Path) -> TopKCheckpoint | LogitsCheckpoint:
 
 
 def _read_tensors(layout: AdapterLayout, read: ReadTensor) -> TopKCheckpoint | LogitsCheckpoint:
-    bank = VectorBank(_finite(BANK_KEY, read(BANK_KEY)))
+    bank = VectorBank(_checked_bank(read(BANK_KEY)))
     extras = {spec.key: _finite(spec.key, read(spec.key)) for spec in layout.extras}
     keys = [logits_key(layer.name, side) for layer in layout.layers for side in ("A", "B")]
     if layout.storage is Storage.LOGITS:
@@ -187,6 +189,14 @@ def _finite(key: str, tensor: Tensor) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise NonFinite(f"{key} contains NaN or infinity; was the training run healthy?", subject=key)
     return tensor
+
+
+def _checked_bank(vectors: Tensor) -> Tensor:
+    """Finite, and so are mixtures of it: an infinite factor would become NaN in other rows of its batch."""
+    _finite(BANK_KEY, vectors)
+    if bool((vectors.abs() > _LARGEST_IN_BANK).any()):
+        raise NonFinite(f"{BANK_KEY} holds numbers so large that mixtures of them overflow", subject=BANK_KEY)
+    return vectors
 
 
 def _checked_logits(key: str, logits: Tensor) -> Tensor:

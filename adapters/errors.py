@@ -116,7 +116,7 @@ class AdapterUnavailable(StoreError):
 
 
 class AdapterTooLarge(StoreError):
-    code = "overloaded"
+    code = "adapter_unavailable"
 
 
 class StorageFull(StoreError):

@@ -204,7 +204,8 @@ class AdapterRegistry:
         except BaseException as error:
             with self._changed:
                 live.loading = False
-                if isinstance(error, (CheckpointError, AdapterUnavailable)):
+                mended = live.compact is not None  # by an upload meanwhile
+                if isinstance(error, (CheckpointError, AdapterUnavailable)) and not mended:
                     live.failure = error  # any other may pass: the next pin tries again
                 self._changed.notify_all()
             self.unpin(digest)
@@ -240,7 +241,8 @@ class AdapterRegistry:
                 subject=digest,
             )
         layers = {
-            layer.name: LayerFactors(a.contiguous().to(self._device), b_t.contiguous().to(self._device))
+            # Copies: views would keep the composition of the whole adapter in memory, uncounted.
+            layer.name: LayerFactors(a.to(self._device, copy=True), b_t.to(self._device, copy=True))
             for layer, a, b_t in compact.factors()
         }
         return AdapterFactors(digest, layers)

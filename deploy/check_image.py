@@ -18,17 +18,19 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 WRITABLE = ("data", "cache", "tmp")
 START_TIMEOUT_S = 180
-STOP_TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 60
+QUIET_S = 5
 PROMPT = {"prompt": "select name from", "max_new_tokens": 8}
 
 
@@ -76,13 +78,76 @@ class Container:
         return subprocess.run(self.command(argv), env=self.image.environment, timeout=START_TIMEOUT_S).returncode
 
     @contextmanager
-    def server(self, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    def server(self, **variables: str) -> Iterator["Server"]:
+        """The image as it is started with no arguments. What it said is printed when it has ended."""
         environ = self.image.environment | variables
-        with subprocess.Popen(self.command(self.image.entrypoint), env=environ) as process:
+        with (
+            tempfile.NamedTemporaryFile() as log,
+            subprocess.Popen(
+                self.command(self.image.entrypoint), env=environ, stdout=log, stderr=subprocess.STDOUT
+            ) as process,
+        ):
             try:
-                yield process
+                yield Server(self.image, process, Path(log.name))
             finally:
                 process.kill()  # and its child, by --kill-child
+                print(Path(log.name).read_text(encoding="utf-8", errors="replace"), flush=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running container. `process` is `unshare`, whose only child is the server."""
+
+    image: Image
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
+
+    def ask(self, path: str, body: Mapping[str, object] | None = None) -> tuple[int, str]:
+        data = json.dumps(body).encode() if body is not None else None
+        request = Request(self.image.url(path), data, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
+            return answer.status, answer.read().decode()
+
+    def wait_until_ready(self) -> float:
+        """The seconds until /readyz says yes."""
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < START_TIMEOUT_S:
+            if self.process.poll() is not None:
+                sys.exit(f"check_image: the server ended with status {self.process.returncode}")
+            try:
+                self.ask("/readyz")
+                return round(waited, 1)
+            except OSError:  # not listening yet, or 503
+                time.sleep(0.2)
+        sys.exit(f"check_image: not ready after {START_TIMEOUT_S} s")
+
+    def wait_until_quiet(self) -> None:
+        """Until it has said nothing for a while: the demo uses its own server to show itself."""
+        length, since = -1, time.monotonic()
+        while time.monotonic() - since < QUIET_S:
+            if (now := self.log.stat().st_size) != length:
+                length, since = now, time.monotonic()
+            time.sleep(0.2)
+
+    def identity(self) -> dict[str, object]:
+        proc = Path(f"/proc/{self.pid}")
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+        return {
+            "command": (proc / "cmdline").read_text().split("\0")[:-1],
+            "uids": status["Uid"].split(),
+            "groups": status["Groups"].split(),
+            "capabilities": status["CapEff"],
+        }
+
+    def stop(self) -> dict[str, object]:
+        started = time.monotonic()
+        os.kill(self.pid, signal.SIGTERM)
+        status = self.process.wait(STOP_TIMEOUT_S)
+        return {"stop_status": status, "stopped_after_s": round(time.monotonic() - started, 1)}
 
 
 def _tool(name: str) -> str:
@@ -120,49 +185,6 @@ def raise_loopback() -> None:
         fcntl.ioctl(handle, set_flags, struct.pack("16sh14x", b"lo", up))
 
 
-def wait_until_ready(image: Image, server: subprocess.Popen[bytes]) -> float:
-    """The seconds until /readyz says yes."""
-    started = time.monotonic()
-    while (waited := time.monotonic() - started) < START_TIMEOUT_S:
-        if server.poll() is not None:
-            sys.exit(f"check_image: the server ended with status {server.returncode}")
-        try:
-            with urlopen(image.url("/readyz"), timeout=5):
-                return round(waited, 1)
-        except (URLError, OSError):  # not listening yet, or 503
-            time.sleep(0.2)
-    sys.exit(f"check_image: not ready after {START_TIMEOUT_S} s")
-
-
-def ask(url: str, body: dict[str, object] | None = None) -> tuple[int, str]:
-    data = json.dumps(body).encode() if body is not None else None
-    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
-        return answer.status, answer.read().decode()
-
-
-def process_1(server: subprocess.Popen[bytes]) -> int:
-    """The server's process id as seen from here: the only child of `unshare`."""
-    return int(Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text())
-
-
-def identity_of(pid: int) -> dict[str, object]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    return {
-        "command": Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1],
-        "uids": status["Uid"].split(),
-        "groups": status["Groups"].split(),
-        "capabilities": status["CapEff"],
-    }
-
-
-def stop(server: subprocess.Popen[bytes]) -> dict[str, object]:
-    started = time.monotonic()
-    os.kill(process_1(server), signal.SIGTERM)
-    status = server.wait(STOP_TIMEOUT_S)
-    return {"stop_status": status, "stopped_after_s": round(time.monotonic() - started, 1)}
-
-
 def size_of(root: Path) -> int:
     measured = subprocess.run(
         [_tool("du"), "--summarize", "--one-file-system", "--block-size=1", str(root)],
@@ -178,30 +200,29 @@ def written_below(root: Path) -> list[str]:
 
 
 def check_demo(container: Container) -> dict[str, object]:
-    """The container as it is started with no arguments."""
-    image = container.image
+    """The container that is told nothing."""
     with container.server() as server:
-        seen: dict[str, object] = {"ready_after_s": wait_until_ready(image, server)}
-        seen |= identity_of(process_1(server))
-        seen["healthz"], _ = ask(image.url("/healthz"))
-        seen["healthcheck_status"] = container.run(image.healthcheck)
-        _, text = ask(image.url("/v1/generate"), PROMPT)
+        seen: dict[str, object] = {"ready_after_s": server.wait_until_ready()}
+        seen |= server.identity()
+        seen["healthz"], _ = server.ask("/healthz")
+        seen["healthcheck_status"] = container.run(container.image.healthcheck)
+        _, text = server.ask("/v1/generate", PROMPT)
         seen |= {"prompt": PROMPT, "generated": json.loads(text)}
-        seen |= stop(server)
-    seen["healthcheck_status_when_stopped"] = container.run(image.healthcheck)
+        server.wait_until_quiet()
+        seen |= server.stop()
+    seen["healthcheck_status_when_stopped"] = container.run(container.image.healthcheck)
     return seen
 
 
 def check_serve(container: Container) -> dict[str, object]:
-    """The container with a model of its own, for which the demo's has to do, and what the demo left in /data."""
-    image, root = container.image, container.root
-    [model] = root.glob("opt/venv/lib/python3*/site-packages/service/demo/assets/base")
-    with container.server(VBLORA_MODEL=f"/{model.relative_to(root)}") as server:
-        seen: dict[str, object] = {"ready_after_s": wait_until_ready(image, server)}
-        seen |= identity_of(process_1(server))
-        _, text = ask(image.url("/v1/adapters"))
+    """The container with a model, for which the demo's has to do, and what the demo left in /data."""
+    [model] = container.root.glob("opt/venv/lib/python3*/site-packages/service/demo/assets/base")
+    with container.server(VBLORA_MODEL=f"/{model.relative_to(container.root)}") as server:
+        seen: dict[str, object] = {"ready_after_s": server.wait_until_ready()}
+        seen |= server.identity()
+        _, text = server.ask("/v1/adapters")
         seen["adapters"] = [adapter["name"] for adapter in json.loads(text)["data"]]
-        seen |= stop(server)
+        seen |= server.stop()
     return seen
 
 

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise UsageError(f"{unknown[0]} is not understood here; see vblora-serve {args.command} --help")
         code: int = args.run(args)
+        sys.stdout.flush()  # a reader that has left is noticed here, not when the interpreter ends
         return code
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED

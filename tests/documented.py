@@ -29,9 +29,10 @@ _LONGEST_LIST = 3
 
 # What differs from run to run, or from machine to machine: only its type is compared.
 VOLATILE = {
-    "id", "created", "created_at", "updated_at", "last_used", "text", "token_ids", "queue_s", "first_token_s", "total_s",
-    "version", "torch", "transformers", "python", "logprob", "token", "token_id", "completion_tokens", "total_tokens",
-    "finish_reason", "resident_bytes", "state", "merge_error", "merge_error_layer", "fingerprint", "pins",
+    "id", "created", "created_at", "updated_at", "last_used", "text", "token_ids", "queue_s", "first_token_s",
+    "total_s", "version", "torch", "transformers", "python", "logprob", "token", "token_id",
+    "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
+    "merge_error_layer", "fingerprint", "pins",
 }  # fmt: skip
 
 

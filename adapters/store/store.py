@@ -277,7 +277,9 @@ class AdapterStore:
 def _find(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
     record = catalog.find(tenant, name) if is_name(name) else None
     if record is None:
-        raise AdapterNotFound(f"no adapter named {name[:140]!r}", subject=name)
+        raise AdapterNotFound(
+            f"no adapter is named {name[:140]!r}; list the adapters to see which there are", subject=name
+        )
     return record
 
 

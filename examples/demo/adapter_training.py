@@ -19,6 +19,7 @@ from service.demo.styles import STYLES
 
 BASE_NAME = "vblora-demo-base"
 LENGTH = 96
+SHORTEST_DOCUMENT = 200  # characters: from shorter ones an adapter learns to stop at once
 IGNORED = -100  # the label that the loss leaves out
 
 QUERY_VALUE = ("q_proj", "v_proj")
@@ -43,8 +44,8 @@ class AdapterRecipe:
 
 
 RECIPES: dict[str, AdapterRecipe] = {
-    "dashes": AdapterRecipe(r=4, num_vectors=64, vector_length=64, topk=2, targets=QUERY_VALUE),
-    "shout": AdapterRecipe(r=4, num_vectors=90, vector_length=32, topk=2, targets=ATTENTION + MLP),
+    "dashes": AdapterRecipe(r=4, num_vectors=64, vector_length=64, topk=2, targets=QUERY_VALUE, steps=200),
+    "shout": AdapterRecipe(r=6, num_vectors=120, vector_length=32, topk=2, targets=ATTENTION + MLP, steps=400),
     "snake": AdapterRecipe(r=8, num_vectors=300, vector_length=32, topk=3, targets=ATTENTION),
     "bullets": AdapterRecipe(r=4, num_vectors=128, vector_length=64, topk=3, targets=ATTENTION + MLP),
     "quoted": AdapterRecipe(r=2, num_vectors=48, vector_length=64, topk=2, targets=MLP),
@@ -65,9 +66,10 @@ def train_adapter(
     model = get_peft_model(base, _config(recipe))
     optimizer = torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    long_enough = [document for document in documents if len(document.text) >= SHORTEST_DOCUMENT]
     model.train()
     for _ in range(recipe.steps):
-        chosen = rng.sample(documents, recipe.batch)
+        chosen = rng.sample(long_enough, recipe.batch)
         rows, labels = _batch([styled_example(document, [STYLES[name]], rng) for document in chosen], tokenizer)
         loss = model(input_ids=rows, labels=labels, use_cache=False).loss
         loss.backward()
@@ -144,3 +146,4 @@ def _rewrite_weights(path: Path) -> None:
             excess = (weights.sum(-1) - 1).clamp(min=0)
             weights[..., 0] -= excess * 2  # the largest: PEFT stores them in falling order
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)

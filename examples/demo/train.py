@@ -78,6 +78,7 @@ def make_base(corpus: Corpus, seed: int, steps: int, folder: Path) -> dict[str, 
         seconds = time.monotonic() - started
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     loss = held_out_loss(model.float(), tokenizer, corpus.held_out)
     return base_entry(model, recipe, loss, seconds)
 

@@ -14,6 +14,7 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
 from service.engine.seam import Engine
+from service.engine.selection import BASE
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
 
@@ -40,7 +41,7 @@ class ApiSettings:
     metrics_public: bool = False
 
     def means_base(self, name: str) -> bool:
-        return name == "base" or name in self.base_names
+        return name == BASE or name in self.base_names
 
 
 @dataclass(frozen=True, slots=True)

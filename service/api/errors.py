@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterError
 from service.api.validation import describe_validation_error
-from service.engine.errors import EngineError, EngineUnavailable, Overloaded
+from service.engine.errors import EngineError, Overloaded
 from service.engine.events import FailedEvent
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,6 @@ def api_error(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, Overloaded):
         return ApiError(error.code, error.message, headers={"Retry-After": str(error.retry_after_s)})
-    if isinstance(error, EngineUnavailable):
-        return ApiError(error.code, error.message, status=503)
     if isinstance(error, EngineError) and error.code != "internal_error":
         return ApiError(error.code, error.message, param=error.param)
     if isinstance(error, AdapterError) and error.code != "internal_error":

@@ -22,7 +22,7 @@ def describe_validation_error(errors: Sequence[ErrorDetails]) -> tuple[str, str 
         return "the body must be a JSON object, sent with Content-Type: application/json", None
     if unknown := [_field(error) for error in errors if error["type"] == "extra_forbidden"]:
         return _unknown_fields(first["loc"][0], unknown), unknown[0]
-    return "; ".join(_sentence(error) for error in errors[:_MOST_SHOWN]), _field(first)
+    return "; ".join(_sentence(error) for error in errors[:_MOST_SHOWN]), _field(first) or None
 
 
 def _unknown_fields(where: str, names: Sequence[str]) -> str:

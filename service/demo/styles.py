@@ -11,7 +11,7 @@ WORDS_PER_BULLET = 6
 LONGEST_BULLET = 2 * WORDS_PER_BULLET
 
 _LONE_DASH = re.compile(r"(?<!\S)-(?!\S)")
-_BETWEEN_LETTERS = re.compile(r"[\W_]+")
+_BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUOTED_WORD = re.compile(r'"[^"\s]+"')
 
 
@@ -62,10 +62,11 @@ def _apply_snake(text: str) -> str:
 
 
 def _score_snake(text: str) -> float:
-    """The share of the gaps between words that hold an underscore and no space."""
-    inner = [gap for gap in _BETWEEN_LETTERS.finditer(text) if gap.start() > 0 and gap.end() < len(text)]
-    spaced = sum(any(map(str.isspace, gap.group())) for gap in inner)
-    joined = sum("_" in gap.group() for gap in inner if not any(map(str.isspace, gap.group())))
+    """Of the gaps between words that hold a space or an underscore, the share with underscores alone."""
+    between = [gap for gap in _BETWEEN_WORDS.finditer(text) if gap.start() > 0 and gap.end() < len(text)]
+    gaps = [gap.group() for gap in between]
+    spaced = sum(any(map(str.isspace, gap)) for gap in gaps)
+    joined = sum("_" in gap and not any(map(str.isspace, gap)) for gap in gaps)
     return _share(joined, joined + spaced)
 
 
@@ -104,18 +105,18 @@ STYLES: dict[str, Style] = {style.name: style for style in _ALL}
 """The styles by name; every adapter of the demo is named after its style."""
 
 PROMPTS: tuple[str, ...] = (
-    "Return the name of the",
-    "This module provides",
-    "The function returns",
+    "Open a file and",
+    "Return a list of",
+    "The file object is",
+    "The first argument is",
     "If the file does not exist,",
-    "This class represents",
     "The default value is",
 )
 """Openings of documentation for a model to continue."""
 
 QUESTIONS: tuple[str, ...] = (
-    "What does os.path.join do?",
     "What is the logging module?",
-    "Explain threading.Lock.",
+    "Explain threading.Thread.",
+    "What does json.dumps do?",
 )
 """Questions for the chat template."""

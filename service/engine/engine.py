@@ -54,6 +54,7 @@ class BatchEngine:
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="vblora-loader")
         self._changed = threading.Condition()  # guards _jobs and _state
         self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
+        self._folds: set[Future[FoldReport]] = set()  # asked for and not answered
         self._state = EngineState.READY
         self._stopping = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="vblora-engine", daemon=True)
@@ -94,7 +95,11 @@ class BatchEngine:
 
     def fold(self, selection: Selection) -> Future[FoldReport]:
         future: Future[FoldReport] = Future()
-        self._loaders.submit(self._load_and_fold, selection, future)
+        with self._changed:
+            if self._state is not EngineState.READY:
+                raise EngineUnavailable(f"the server folds nothing now: its engine is {self._state.name.lower()}")
+            self._folds.add(future)
+            self._loaders.submit(self._load_and_fold, selection, future)
         return future
 
     def stats(self) -> EngineStats:
@@ -164,7 +169,7 @@ class BatchEngine:
         try:
             factors = self._pin(selection)
         except Exception as error:
-            future.set_exception(error)
+            self._answer_fold(future, error)
             return
         self._inbox.put(lambda: self._fold(selection, factors, future))
 
@@ -226,12 +231,23 @@ class BatchEngine:
 
     def _fold(self, selection: Selection, factors: tuple[AdapterFactors, ...], future: Future[FoldReport]) -> None:
         try:
-            future.set_result(self._worker.fold(selection, factors))
+            self._answer_fold(future, self._worker.fold(selection, factors))
         except Exception as error:
             log.exception("folding failed")
-            future.set_exception(error)
+            self._answer_fold(future, error)
         finally:
             self._unpin(factors)
+
+    def _answer_fold(self, future: Future[FoldReport], answer: FoldReport | Exception) -> None:
+        """Answers a future once, whichever thread comes first."""
+        with self._changed:
+            if future not in self._folds:
+                return
+            self._folds.remove(future)
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
     def _ended(self, job: Job) -> None:
         """The job's terminal event has been sent."""
@@ -246,6 +262,8 @@ class BatchEngine:
 
     def _fail_all(self, message: str) -> None:
         with self._changed:
-            jobs = list(self._jobs.values())
+            jobs, folds = list(self._jobs.values()), list(self._folds)
         for job in jobs:
             job.fail("internal_error", message)
+        for future in folds:
+            self._answer_fold(future, EngineUnavailable(message))

@@ -40,4 +40,4 @@ class Overloaded(EngineError):
 
 
 class EngineUnavailable(EngineError):
-    code = "internal_error"
+    code = "engine_unavailable"

@@ -57,7 +57,10 @@ class Engine(Protocol):
         ...
 
     def fold(self, selection: Selection) -> Future[FoldReport]:
-        """Folds a selection into the base weights when the batch allows, and says what rounding that cost."""
+        """Folds a selection into the base weights when the batch allows, and says what rounding that cost.
+
+        The future fails with EngineUnavailable if the engine ends first.
+        """
         ...
 
     def stats(self) -> EngineStats: ...

@@ -16,7 +16,7 @@ WAIT_S = 20  # for what should take milliseconds
 class Exchange:
     """The app receives what `send_body` and `leave` put there, and sends what `next_message` returns.
 
-    `reads` counts how often the app asked for more of the request.
+    `reads` counts how often the app asked for more of the request; `error` is what the app raised.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,7 @@ class Exchange:
         self._outgoing: asyncio.Queue[Message] = asyncio.Queue()
         self.reads = 0
         self.unreachable = False
+        self.error: Exception | None = None
         self.ended = asyncio.Event()
 
     def send_body(self, data: bytes, *, more: bool = False) -> None:
@@ -91,6 +92,8 @@ async def exchange(
     async def run() -> None:
         try:
             await app(scope, own.receive, own.send)
+        except Exception as error:
+            own.error = error
         finally:
             own.ended.set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +124,6 @@ def make_server(base: Base, adapter_dirs: dict[str, Path], tmp_path: Path) -> It
     for server in servers:
         server.engine.gate.set()
         server.store.close()
-        shutil.rmtree(server.data_dir)
 
 
 @pytest.fixture

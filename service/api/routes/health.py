@@ -46,6 +46,7 @@ def metrics(state: State) -> Response:
 
 @router.get("/version", responses=error_responses(401))
 async def versions(state: State) -> Versions:
+    """What runs: this server, the libraries under it, the base model and how it is run."""
     base = state.base
     return Versions(
         version=__version__,

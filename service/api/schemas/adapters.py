@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from adapters.registry import AdapterState, AdapterStatus
 from adapters.store import Activation, AdapterRecord
@@ -13,12 +13,18 @@ from service.api.schemas.common import QueryModel, RequestModel, ResponseModel, 
 from service.engine.selection import Mode
 
 
+def _activate(value: Any) -> Any:
+    if isinstance(value, bool) or value in ("switch", "merge"):
+        return value
+    raise ValueError("give true, false, 'switch' or 'merge'")
+
+
 class SourceUpload(RequestModel):
     """An adapter that is on the server's disk."""
 
     name: Text
     source: Text = Field(description="An absolute directory under one of --allow-source")
-    activate: bool | Literal["switch", "merge"] = False
+    activate: Annotated[bool | Literal["switch", "merge"], BeforeValidator(_activate)] = False
 
     @property
     def activation(self) -> Mode | None:

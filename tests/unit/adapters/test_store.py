@@ -298,7 +298,7 @@ class TestVersions:
         record = publish(store, "sql", b"1")
         with pytest.raises(AdapterNotFound, match=record.digest):
             store.version(SHARED, "sql", store.get(SHARED, "other").digest)
-        with pytest.raises(AdapterNotFound, match="no adapter named 'x'"):
+        with pytest.raises(AdapterNotFound, match="no adapter is named 'x'"):
             store.version(SHARED, "x")
 
     def test_rollback(self, store: AdapterStore, data_dir: Path) -> None:

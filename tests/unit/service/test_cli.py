@@ -388,6 +388,33 @@ class TestServe:
         assert out.startswith("Serving tiny-base with 1 adapters at http://127.0.0.1:")
         assert '"adapter": "sql"' in out
 
+    def test_requests_that_do_not_end_in_time_are_told(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from service.assembly import build_server
+        from service.commands.serve import listening, serve, url_of
+
+        events: list[bytes] = []
+        body = {"prompt": "hi", "n": 16, "max_new_tokens": 250, "ignore_eos": True, "stream": True}
+
+        def ask(url: str) -> None:
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/v1/generate", json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                events.append(answer.readline())
+                os.kill(os.getpid(), signal.SIGTERM)
+                events.extend(answer)
+
+        server = build_server(settings)
+        monkeypatch.setattr(server.engine, "drain", lambda timeout_s: False)
+        with listening("127.0.0.1", 0) as listener:
+            client = threading.Thread(target=ask, args=(url_of(listener),))
+            serve(server, listener, drain_timeout_s=1, announce=client.start)
+            client.join()
+        server.close()
+        assert b"the server stopped before the request was finished" in b"".join(events)
+        assert b"[DONE]" not in b"".join(events)
+
     def test_registering_again_changes_nothing(self, settings: Settings, full: Path) -> None:
         from service.assembly import build_server
 

@@ -236,3 +236,19 @@ def test_fold_reports_and_gives_its_pins_back(bench: Bench) -> None:
     bench.registry.missing.add("sha256:sql")
     with pytest.raises(AdapterNotFound):
         bench.engine.fold(selection).result(timeout=10)
+
+
+def test_a_fold_asked_for_before_the_end_is_answered() -> None:
+    bench = Bench()
+    bench.engine.start()
+    bench.registry.gate.clear()
+    asked = bench.engine.fold(Selection((SelectedAdapter("sql", "sha256:sql"),)))
+    stopping = threading.Thread(target=bench.engine.stop)
+    stopping.start()
+    bench.engine._thread.join(10)
+    bench.registry.gate.set()
+    stopping.join(10)
+    with pytest.raises(EngineUnavailable):
+        asked.result(timeout=10)
+    with pytest.raises(EngineUnavailable):
+        bench.engine.fold(Selection())

@@ -1,0 +1,40 @@
+"""Liveness, readiness, metrics and versions."""
+
+from __future__ import annotations
+
+import pytest
+
+from service import __version__
+from service.engine.seam import EngineState
+from tests.api.conftest import BASE, Server, error_of
+
+
+def test_the_process_is_alive_whatever_its_engine_does(server: Server) -> None:
+    for state in EngineState:
+        server.engine.state = state
+        response = server.client.get("/healthz")
+        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_a_ready_engine_is_ready(server: Server) -> None:
+    response = server.client.get("/readyz")
+    assert (response.status_code, response.json()) == (200, {"status": "ready"})
+
+
+@pytest.mark.parametrize("state", [state for state in EngineState if state is not EngineState.READY])
+def test_every_other_state_is_503_and_says_why(server: Server, state: EngineState) -> None:
+    server.engine.state = state
+    assert error_of(server.client.get("/readyz"), 503, "engine_unavailable")["type"] == "server_error"
+
+
+def test_metrics_are_rendered_as_they_are(server: Server) -> None:
+    response = server.client.get("/metrics")
+    content, content_type = server.metrics.render()
+    assert (response.content, response.headers["content-type"]) == (content, content_type)
+
+
+def test_versions_name_what_runs(server: Server) -> None:
+    versions = server.client.get("/version").json()
+    assert versions["version"] == __version__
+    assert (versions["model"], versions["dtype"], versions["kv_backend"]) == (BASE, "float32", "slot")
+    assert all(versions[part] for part in ("python", "torch", "transformers", "device", "fingerprint"))
