@@ -1,7 +1,7 @@
 """When to fold a selection that nobody asked to fold: when all work has been its alone for long enough to pay.
 
-A fold and its later restore cost what they were last measured to; a folded step saves what steps were measured to differ by. No torch, no
-clock: times are passed in.
+A fold and its later restore cost what they were last measured to; a folded step saves what steps were measured to
+differ by. No torch, no clock: times are passed in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AutoMerge:
         self._fold_s = seconds
 
     def wants(self, selection: Hashable) -> bool:
-        """Whether this selection, which every row runs with, should be folded in; once folded, whether it should stay."""
+        """Whether this selection, which every row runs with, should be folded in, or stay so."""
         return selection == self._selection and self._steps >= self._threshold()
 
     def _threshold(self) -> float:

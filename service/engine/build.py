@@ -31,11 +31,12 @@ class EngineOptions:
     auto_merge: bool = False
 
 
-def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOptions = EngineOptions()) -> BatchEngine:  # noqa: B008
+def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOptions | None = None) -> BatchEngine:
     """An engine that has not been started. Tests first which key-value backend is right for the model.
 
     Raises BaseModelError for a context longer than the model's.
     """
+    options = options or EngineOptions()
     if options.max_context > base.context:
         raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory)

@@ -45,7 +45,16 @@ class EngineLimits:
 class BatchEngine:
     """Implements `service.engine.seam.Engine` over a Worker and a registry."""
 
-    def __init__(self, worker: Worker, registry: AdapterRegistry, decoder: Decoder, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        registry: AdapterRegistry,
+        decoder: Decoder,
+        limits: EngineLimits,
+        *,
+        kv_backend: str | None = None,
+    ) -> None:
+        self.kv_backend = kv_backend
         self._worker = worker
         self._registry = registry
         self._decoder = decoder
@@ -114,6 +123,8 @@ class BatchEngine:
             prompt_tokens=self._worker.prompt_tokens,
             completion_tokens=self._worker.completion_tokens,
             folds=self._worker.folds,
+            prefix_tokens=self._worker.prefix_tokens,
+            prefix_bytes=self._worker.prefix_bytes,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -145,6 +156,13 @@ class BatchEngine:
             raise ContextLengthExceeded(
                 f"the prompt has {prompt} tokens and max_new_tokens is {request.params.max_new_tokens}, together more "
                 f"than the context of {context}; shorten the prompt or ask for fewer tokens",
+                param="prompt",
+            )
+        longest = prompt + request.params.max_new_tokens
+        if not self._worker.can_ever_run(longest):
+            raise InvalidRequest(
+                f"keys and values of {longest} tokens take more memory than --kv-memory allows; shorten the prompt or "
+                "ask for fewer tokens",
                 param="prompt",
             )
         if not all(0 <= token < self._limits.vocabulary for token in request.prompt_ids):

@@ -1,7 +1,7 @@
 """Keys and values of prompts already run, for requests that begin alike: a radix tree over blocks of 16 tokens.
 
-A key-value state depends on the tokens and on what ran them, so trees are kept apart by tenant and selection: with a key of
-tokens alone, one adapter would answer with another's state.
+A key-value state depends on the tokens and on what ran them, so trees are kept apart by tenant and selection: with a
+key of tokens alone, one adapter would answer with another's state.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
     prefill the prompts of those that joined, a few tokens each step; then decode everyone else
 
-Fairness is by selection: each has a virtual time, the tokens it has been served, and the next to join is of the one served
-least. A flood for one adapter may not keep another's lone request waiting, so beside the batch a few rows are held in
-reserve for selections that have no row yet.
+Fairness is by selection: each has a virtual time, the tokens it has been served, and the next to join is of the one
+served least. A flood for one adapter may not keep another's lone request waiting, so beside the batch a few rows are
+held in reserve for selections that have no row yet.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from service.engine.selection import Mode, Selection
@@ -89,8 +90,8 @@ class Scheduler:
     ) -> list[Sequence]:
         """Moves waiting sequences into the batch, those of the share served least first; returns them.
 
-        `fits` says whether rows of these final lengths fit the memory; `ready` may hold a sequence back for now. While a
-        share's turn does not fit, no later one overtakes it, so that a long prompt cannot starve.
+        `fits` says whether rows of these final lengths fit the memory; `ready` may hold a sequence back for now. While
+        a share's turn does not fit, no later one overtakes it, so that a long prompt cannot starve.
         """
         admitted: list[Sequence] = []
         while (sequence := self._next(ready)) is not None:
@@ -165,7 +166,7 @@ def _compacted(alive: list[int]) -> list[int]:
 
 
 def foldable(sequences: Iterable[Sequence], *, automatic: bool = False) -> Selection | None:
-    """The selection that all of these run with, if it is one that asked to be merged (or may be, unasked); else None."""
+    """The selection that all of these run with, if it asked to be merged; `automatic`: even if it did not."""
     selections = {(s.selection.key, s.selection.mode): s.selection for s in sequences}
     keys = {key for key, _ in selections}
     if len(keys) != 1 or (len(selections) != 1 and not automatic):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def choose_runner(
 ) -> tuple[TransformersRunner, bool]:
     """The fastest runner that is right for this model, and whether rows may be batched and prompts run in parts."""
     dtype = next(adapted.model.parameters()).dtype
-    layers = adapted.model.config.get_text_config().num_hidden_layers
+    layers = _text_config(adapted).num_hidden_layers
     backends: list[Callable[[], KVBackend]] = [
         lambda: SlotBackend(layers, dtype, device, budget),
         lambda: RowsBackend(device, budget),
@@ -49,8 +50,13 @@ def choose_runner(
     return TransformersRunner(adapted, device, RowsBackend(device, budget)), False
 
 
+def _text_config(adapted: AdaptedModel) -> Any:
+    config: Any = adapted.model.config
+    return config.get_text_config()
+
+
 def _slides(adapted: AdaptedModel) -> bool:
-    config = adapted.model.config.get_text_config()
+    config = _text_config(adapted)
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
     return bool(kinds - {"full_attention"}) or (not kinds and window is not None)
@@ -91,7 +97,7 @@ def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -
     prompts = [text[:-1] for text in others]
     runner.extend([rows[0]], [prompts[0][:_CHUNK]], None)
     prompts[0] = prompts[0][_CHUNK:]
-    before += [*runner.extend(rows, prompts, None).split(1)]
+    before += [of_row.unsqueeze(0) for of_row in runner.extend(rows, prompts, None)]
     order = [*rows, 0]
     runner.keep(order)
     after = runner.extend(range(len(texts)), [texts[row][-1:] for row in order], None)

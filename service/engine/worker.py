@@ -73,6 +73,10 @@ class Worker:
     def prefix_bytes(self) -> int:
         return 0 if self._prefixes is None else self._prefixes.nbytes
 
+    def can_ever_run(self, length: int) -> bool:
+        """Whether a row may grow to this length when it has all the memory to itself. From any thread."""
+        return self._runner.fits([length])
+
     def admit(self, job: Job) -> None:
         """Takes a job whose adapters are loaded. Its choices wait for room in the batch."""
         for choice in job.choices:

@@ -31,7 +31,7 @@ class _Window:
     length: int  # columns that attention reads
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values [slots, heads, columns + 1, features]; the last column takes what padding writes."""
 
     is_sliding = False
