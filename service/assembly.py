@@ -142,9 +142,8 @@ def _load_base(settings: Settings) -> LoadedBase:
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
     )
-    info = _base_info(base)
-    facts = {"model": info.id, "parameters": info.parameters, "dtype": info.dtype, "device": info.device}
-    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": info.fingerprint})
+    facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
+    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
     return base
 
 

@@ -18,6 +18,9 @@ from service.engine.worker import Worker
 log = logging.getLogger(__name__)
 
 
+_RESERVED_SHARE = 8  # of every so many rows, one more is held in reserve
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """The engine's settings. `max_context` 0 is the model's own limit; `kv_memory` is in bytes."""
@@ -44,7 +47,7 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     worker = Worker(
         runner,
         Merger(base.adapted),
-        Limits(options.max_batch_size, options.prefill_tokens, batches),
+        _limits(options) if batches else Limits.solo(),
         base.eos_token_ids,
         # Half of the memory at most: what rows need comes first, and shrinks the cache when it must.
         PrefixCache(options.kv_memory // 2) if options.prefix_cache and batches else None,
@@ -52,3 +55,8 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     )
     limits = EngineLimits(options.max_context or base.context, base.vocabulary, options.max_queue)
     return BatchEngine(worker, registry, base.tokenizer, limits, kv_backend=runner.kv.name if batches else "solo")
+
+
+def _limits(options: EngineOptions) -> Limits:
+    reserve = max(1, options.max_batch_size // _RESERVED_SHARE)
+    return Limits(options.max_batch_size, reserve, options.prefill_tokens)

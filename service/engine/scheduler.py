@@ -9,6 +9,7 @@ held in reserve for selections that have no row yet.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -16,8 +17,6 @@ from dataclasses import dataclass
 
 from service.engine.selection import Mode, Selection
 from service.engine.sequence import Sequence, SequenceStatus
-
-_RESERVED_SHARE = 8  # of every so many rows, one is held in reserve
 
 Lengths = SequenceOf[int]
 
@@ -27,17 +26,13 @@ class Limits:
     """`max_batch_size` rows, and beside them `reserve` for selections without one; `prefill_tokens` in one step."""
 
     max_batch_size: int = 16
+    reserve: int = 0
     prefill_tokens: int = 512
-    batches: bool = True
-    """False for models that must be run one row at a time, with whole prompts."""
 
-    @property
-    def reserve(self) -> int:
-        return max(1, self.max_batch_size // _RESERVED_SHARE) if self.batches else 0
-
-    @property
-    def rows(self) -> int:
-        return self.max_batch_size if self.batches else 1
+    @classmethod
+    def solo(cls) -> Limits:
+        """For models that must be run one row at a time, with whole prompts."""
+        return cls(max_batch_size=1, prefill_tokens=sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +105,7 @@ class Scheduler:
             if room <= 0:
                 break
             rest = sequence.request.prompt_ids[sequence.prefilled :]
-            tokens = rest[:room] if self._limits.batches else rest
+            tokens = rest[:room]
             room -= len(tokens)
             chunks.append(Chunk(sequence, tokens))
         return chunks
@@ -139,7 +134,7 @@ class Scheduler:
 
     def _next(self, ready: Callable[[Sequence], bool]) -> Sequence | None:
         """The first of the share served least, among those that are ready and that there is a row for."""
-        room = self._limits.rows - len(self._running)
+        room = self._limits.max_batch_size - len(self._running)
         present = {sequence.share for sequence in self._running}
         for share in sorted(self._waiting, key=lambda share: self._served[share]):
             sequence = self._waiting[share][0]

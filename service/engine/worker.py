@@ -29,7 +29,7 @@ from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
 from service.engine.scheduler import Limits, Scheduler, foldable
 from service.engine.selection import Selection
-from service.engine.sequence import Sequence
+from service.engine.sequence import Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,10 @@ class Worker:
         """A part of the prompts of those that joined, and one token of every other row."""
         self._drop_finished()
         self._join()
+        decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
         self._prefill()
         self._drop_finished()
-        self._decode()
+        self._decode([sequence for sequence in decoding if sequence.status is SequenceStatus.RUNNING])
         self._drop_finished()
 
     def fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> FoldReport:
@@ -169,8 +170,7 @@ class Worker:
             read = partial(self._runner.read, self._scheduler.running.index(sequence))
             self._prefixes.insert(sequence.prefix_owner, sequence.request.prompt_ids, read)
 
-    def _decode(self) -> None:
-        decoding = self._scheduler.decoding
+    def _decode(self, decoding: list[Sequence]) -> None:
         if not decoding:
             return
         began = time.perf_counter()

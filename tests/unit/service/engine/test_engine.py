@@ -14,6 +14,7 @@ from adapters.layers import AdapterFactors
 from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from service.engine.scheduler import Limits
 from service.engine.seam import EngineState
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
@@ -31,10 +32,10 @@ class GatedRunner(FakeRunner):
         self.gate.set()
         self.entered = threading.Event()
 
-    def prefill(self, prompts, batch):  # type: ignore[no-untyped-def]
+    def extend(self, rows, tokens, batch):  # type: ignore[no-untyped-def]
         self.entered.set()
         assert self.gate.wait(10)
-        return super().prefill(prompts, batch)
+        return super().extend(rows, tokens, batch)
 
 
 class FakeRegistry:
@@ -68,7 +69,7 @@ class FakeRegistry:
 class Bench:
     def __init__(self, max_queue: int = 8) -> None:
         self.runner, self.registry = GatedRunner(), FakeRegistry()
-        worker = Worker(self.runner, FakeMerger(), 2)  # type: ignore[arg-type]
+        worker = Worker(self.runner, FakeMerger(), Limits(2))  # type: ignore[arg-type]
         limits = EngineLimits(max_context=20, vocabulary=VOCABULARY, max_queue=max_queue)
         self.engine = BatchEngine(worker, self.registry, Letters(), limits)  # type: ignore[arg-type]
 
