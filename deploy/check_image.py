@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -31,6 +31,7 @@ START_TIMEOUT_S = 180
 ANSWER_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
 QUIET_S = 5
+LAST_WORDS_S = 3
 PROMPT = {"prompt": "select name from", "max_new_tokens": 8}
 
 
@@ -90,6 +91,8 @@ class Container:
             try:
                 yield Server(self.image, process, Path(log.name))
             finally:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_WORDS_S)
                 process.kill()  # and its child, by --kill-child
                 print(Path(log.name).read_text(encoding="utf-8", errors="replace"), flush=True)
 

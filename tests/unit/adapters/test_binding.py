@@ -63,6 +63,17 @@ def test_adapters_of_this_base_bind(spec: AdapterSpec, model: AdaptedModel, tmp_
     bind(make_adapter(LLAMA, spec, tmp_path), model)
 
 
+@pytest.mark.parametrize("fields", [{}, {"layers_to_transform": [2]}], ids=["all layers", "one layer"])
+def test_a_list_of_targets_that_peft_has_shortened_binds(fields: dict[str, list[int]], tmp_path: Path):
+    """From 20 modules on, PEFT saves the shortest suffixes instead of full names."""
+    deep = tiny_model("llama", num_hidden_layers=4)
+    path = make_adapter(deep, AdapterSpec(target_modules="all-linear", **fields), tmp_path)
+    targets = read_checkpoint(path).config.target_modules
+    assert targets is not None
+    assert "q_proj" in targets
+    bind(path, adapted(deep))
+
+
 class TestRefusals:
     def refusal(self, error: type[CheckpointError], path: Path, model: AdaptedModel) -> CheckpointError:
         with pytest.raises(error) as refusal:
