@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.replacements import Parameters, RowReplacements, blended, is_replaceable
 from adapters.targets import BaseModules
 
 
@@ -31,14 +32,19 @@ class LayerFactors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFactors:
-    """All factors of one adapter, by layer name."""
+    """What one adapter computes with: its factors by layer name, and by module name the parameters it replaces.
+
+    `replaced` are trained biases and saved modules, in the base's dtype.
+    """
 
     digest: str
     layers: Mapping[str, LayerFactors]
+    replaced: Mapping[str, Parameters] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.a.nbytes + layer.b_t.nbytes for layer in self.layers.values())
+        replaced = sum(t.nbytes for parameters in self.replaced.values() for t in parameters.values())
+        return replaced + sum(layer.a.nbytes + layer.b_t.nbytes for layer in self.layers.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,12 +87,36 @@ class LowRankBatch:
         self._adapters = adapters
         self.weights = weights
         self._mixes: dict[str, _LayerMix | None] = {}
+        self._replacements: dict[str, RowReplacements | None] = {}
 
     def mix(self, layer: str) -> _LayerMix | None:
         """What to add in `layer`, None if no adapter present adapts it."""
         if layer not in self._mixes:
             self._mixes[layer] = self._concatenate(layer)
         return self._mixes[layer]
+
+    def replacements(self, name: str, module: nn.Module) -> RowReplacements | None:
+        """Which rows run a module of the base with other parameters, None if none does."""
+        if name not in self._replacements:
+            self._replacements[name] = self._grouped(name, module)
+        return self._replacements[name]
+
+    def _grouped(self, name: str, module: nn.Module) -> RowReplacements | None:
+        replacing = [i for i, adapter in enumerate(self._adapters) if name in adapter.replaced]
+        if not replacing:
+            return None
+        rows_of: dict[tuple[float, ...], list[int]] = {}
+        for row, weights in enumerate(self.weights[:, replacing].tolist()):
+            if any(weights):
+                rows_of.setdefault(tuple(weights), []).append(row)
+        rows = len(self.weights)
+        groups = []
+        for weights, members in rows_of.items():
+            parts = [(self._adapters[i].replaced[name], w) for i, w in zip(replacing, weights, strict=True) if w]
+            attributes = {attribute for parameters, _ in parts for attribute in parameters}
+            values = {a: _blended_parameter(module, a, parts) for a in attributes}
+            groups.append((None if len(members) == rows else members, values))
+        return RowReplacements(rows, groups) if groups else None
 
     def _concatenate(self, layer: str) -> _LayerMix | None:
         present = [(i, adapter.layers[layer]) for i, adapter in enumerate(self._adapters) if layer in adapter.layers]
@@ -98,8 +128,13 @@ class LowRankBatch:
         return _LayerMix(a, b_t, torch.cat(columns, dim=1).to(a.device, torch.float32))
 
 
-class AdaptedLinear(nn.Module):
-    """A Linear or Conv1D of the base model that adds the current batch's low-rank part to its output."""
+def _blended_parameter(module: nn.Module, attribute: str, parts: Sequence[tuple[Parameters, float]]) -> Tensor:
+    own: Tensor = getattr(module, attribute)
+    return blended(own, [(parameters[attribute], weight) for parameters, weight in parts if attribute in parameters])
+
+
+class AdaptedModule(nn.Module):
+    """A leaf of the base model that runs every row with its own parameters and, if linear, adds its low-rank part."""
 
     def __init__(self, base_layer: nn.Module, name: str, model: AdaptedModel) -> None:
         super().__init__()
@@ -109,9 +144,13 @@ class AdaptedLinear(nn.Module):
         self._model = [model]
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.base_layer(x)
         batch = self._model[0].batch
-        mix = None if batch is None else batch.mix(self._name)
+        if batch is None:
+            plain: Tensor = self.base_layer(x)
+            return plain
+        replacements = batch.replacements(self._name, self.base_layer)
+        output: Tensor = self.base_layer(x) if replacements is None else replacements.run(self.base_layer, x)
+        mix = batch.mix(self._name)
         return output if mix is None else mix.add_to(output, x)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -123,9 +162,10 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedModel:
-    """A base model whose linear layers take part in low-rank batches.
+    """A base model whose leaves take part in low-rank batches.
 
-    Wraps every Linear and Conv1D of `model` in place. The thread that owns the model sets the batch for each forward:
+    Wraps every Linear, Conv1D, Embedding and norm of `model` in place. The thread that owns the model sets the batch
+    for each forward:
 
         with adapted.using(LowRankBatch(factors, weights)):
             model(...)
@@ -135,26 +175,32 @@ class AdaptedModel:
         self.model = model
         self.modules = modules
         self.batch: LowRankBatch | None = None
-        self.pristine: dict[str, Tensor] = {}  # copies on the host of the weights that a Merger changes, by layer
-        self._layers = {name: model.get_submodule(name) for name in modules.layers}
-        for name, layer in self._layers.items():
+        self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
+        self._leaves: dict[str, nn.Module] = {
+            name: module for name, module in model.named_modules() if name in modules.layers or is_replaceable(module)
+        }
+        for name, leaf in self._leaves.items():
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, AdaptedLinear(layer, name, self))
+            setattr(model.get_submodule(parent), attribute, AdaptedModule(leaf, name, self))
 
     def base_layer(self, name: str) -> nn.Module:
-        """The base model's own layer, as it was before wrapping."""
-        return self._layers[name]
+        """The base model's own leaf, as it was before wrapping."""
+        return self._leaves[name]
+
+    def can_replace(self, name: str) -> bool:
+        """Whether the parameters of this module may differ from row to row."""
+        return name in self._leaves
 
     def tensor(self, name: str) -> Tensor | None:
         """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none.
 
         Of a weight that is folded at the moment, the pristine one.
         """
+        if name in self.pristine:
+            return self.pristine[name]
         module, _, attribute = name.rpartition(".")
-        if attribute == "weight" and module in self.pristine:
-            return self.pristine[module]
         try:
-            owner = self._layers.get(module) or self.model.get_submodule(module)
+            owner = self._leaves.get(module) or self.model.get_submodule(module)
         except AttributeError:
             return None
         value = getattr(owner, attribute, None)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from adapters.binding import BaseIdentity, check_base_name, check_extras, check_layout
+from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable, CheckpointError
 from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
@@ -193,7 +193,6 @@ class AdapterRegistry:
             warning = check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
             warnings += [warning] if warning else []
         check_layout(checkpoint.layout, self._model)
-        check_extras(checkpoint.extras, self._model)
         return warnings
 
     def _load(self, digest: str, live: _Live) -> AdapterFactors:
@@ -228,12 +227,14 @@ class AdapterRegistry:
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         check_layout(checkpoint.layout, self._model)
-        check_extras(checkpoint.extras, self._model)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
-        size = 4 * compact.layout.parameters().lora_params
+        replaced = replaced_parameters(compact.extras, self._model)
+        size = 4 * compact.layout.parameters().lora_params + sum(
+            tensor.nbytes for parameters in replaced.values() for tensor in parameters.values()
+        )
         if size > self._budget:
             raise AdapterTooLarge(
                 f"the adapter's factors take {size:,} bytes but adapters may take {self._budget:,} in all; "
@@ -245,7 +246,11 @@ class AdapterRegistry:
             layer.name: LayerFactors(a.to(self._device, copy=True), b_t.to(self._device, copy=True))
             for layer, a, b_t in compact.factors()
         }
-        return AdapterFactors(digest, layers)
+        here = {
+            name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
+            for name, parameters in replaced.items()
+        }
+        return AdapterFactors(digest, layers, here)
 
     def _factor_bytes(self) -> int:
         return sum(live.factors.nbytes for live in self._live.values() if live.factors)
