@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from adapters.compose import delta
 from adapters.errors import InvalidSelection
-from adapters.layers import AdaptedModel, AdapterFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import AdapterFactors
 from adapters.replacements import blended
 from adapters.targets import is_conv1d
 

@@ -22,8 +22,9 @@ import torch
 from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable, CheckpointError
-from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
+from adapters.layers import AdaptedModel
 from adapters.layout import read_layout
+from adapters.low_rank import AdapterFactors, LayerFactors
 from adapters.store import AdapterRecord, AdapterStore, digest_of
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from adapters.layers import AdapterFactors
+from adapters.low_rank import AdapterFactors
 from adapters.merge import FoldReport
 from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder

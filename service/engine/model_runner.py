@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adapters.layers import AdaptedModel, LowRankBatch
+from adapters.layers import AdaptedModel
+from adapters.low_rank import LowRankBatch
 from service.engine.kv.backend import Blocks, KVBackend
 
 

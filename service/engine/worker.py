@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterError
-from adapters.layers import AdapterFactors, LowRankBatch
+from adapters.low_rank import AdapterFactors, FactorStack, LowRankBatch
 from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
@@ -34,6 +34,7 @@ from service.engine.sequence import Sequence, SequenceStatus
 log = logging.getLogger(__name__)
 
 _MIXES_KEPT = 4
+_SPARE_ADAPTERS = 4  # that a stack may hold beside those in use, rather than be made anew
 
 Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
 
@@ -59,6 +60,7 @@ class Worker:
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._folded: Selection | None = None
         self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
+        self._stack = FactorStack(())
         self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = 0
 
     @property
@@ -232,12 +234,23 @@ class Worker:
             factors.update({adapter.digest: adapter for adapter in self._owners[sequence][0].factors})
         if not factors:
             return None
-        column = {digest: i for i, digest in enumerate(factors)}
-        weights = torch.zeros(len(sequences), len(factors))
+        stack = self._stack_of(factors)
+        weights = torch.zeros(len(sequences), len(stack.adapters))
         for row, sequence in enumerate(sequences):
             for adapter in sequence.selection.adapters:
-                weights[row, column[adapter.digest]] += adapter.weight
-        return LowRankBatch(list(factors.values()), weights)
+                weights[row, stack.column[adapter.digest]] += adapter.weight
+        return LowRankBatch(stack, weights)
+
+    def _stack_of(self, factors: dict[str, AdapterFactors]) -> FactorStack:
+        """The last stack again while it holds these adapters and not many others; else a new one."""
+        last = self._stack
+        spare = len(last.adapters) - len(factors)
+        if spare > len(factors) + _SPARE_ADAPTERS or any(
+            digest not in last.column or last.adapters[last.column[digest]] is not adapter
+            for digest, adapter in factors.items()
+        ):
+            self._stack = FactorStack(list(factors.values()))
+        return self._stack
 
     # --- tokens -----------------------------------------------------------------------------------
 
@@ -280,6 +293,7 @@ class Worker:
             del self._owners[sequence]
         if not alive:
             self._mixes.clear()  # lets go of factors that may be evicted now
+            self._stack = FactorStack(())
 
 
 def is_fatal(error: Exception) -> bool:

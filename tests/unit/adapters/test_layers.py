@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.layers import AdaptedLinear, AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
+from adapters.layers import AdaptedModule, AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
 from adapters.targets import BaseModules
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_logits, peft_reference, rewrite, tiny_model
 from tests.unit.adapters.support import BANK, PROMPT, adapted, alone, factors, token_logits
@@ -224,7 +224,7 @@ class TestAdaptedModel:
         model = adapted(tiny_model("qwen2"))
         layer = model.model.model.layers[0].self_attn.q_proj
         own = model.base_layer("model.layers.0.self_attn.q_proj")
-        assert isinstance(layer, AdaptedLinear)
+        assert isinstance(layer, AdaptedModule)
         assert (layer.weight is own.weight, layer.bias is own.bias) == (True, True)
         assert (layer.in_features, layer.out_features) == (64, 64)
         assert not hasattr(layer, "no_such_attribute")

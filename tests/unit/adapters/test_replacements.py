@@ -50,7 +50,7 @@ SPECS: dict[Arch, list[AdapterSpec]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A wrapped base, its adapters' factors, and what PEFT answers with each: token logits [adapters, tokens, vocab]."""
+    """A wrapped base, its adapters' factors, and the token logits that PEFT answers with each."""
 
     model: PreTrainedModel
     adapted: AdaptedModel
@@ -135,7 +135,6 @@ def test_a_blend_is_the_weighted_difference_from_the_base(case: Case) -> None:
 
 def test_some_rows_do_replace_something(case: Case) -> None:
     assert any(factors.replaced for factors in case.factors)
-    assert any(not factors.replaced for factors in case.factors) or len(case.factors) == 2
 
 
 def test_what_equals_the_base_replaces_nothing(case: Case) -> None:
