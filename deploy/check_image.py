@@ -172,6 +172,7 @@ def mount_read_only(root: Path) -> None:
     for name, was in zip(WRITABLE, owner, strict=True):
         options = f"uid={was.st_uid},gid={was.st_gid},mode={was.st_mode & 0o7777:o}"
         mount("-t", "tmpfs", "-o", options, "tmpfs", str(root / name))
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")  # an engine brings this file
     mount("-o", "remount,bind,ro", str(root))
     try:
         (root / "probe").touch()

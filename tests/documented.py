@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from tests.server import ROOT, Server
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _LONGEST_LIST = 3
+_LINE = 110
 
 # What differs from run to run, or from machine to machine: only its type is compared.
 VOLATILE = {
@@ -54,11 +56,19 @@ class Command:
 
 
 def commands_in(block: str) -> Iterator[Command]:
-    """The commands of a console block. A line ending in a backslash goes on in the next."""
+    """The commands of a console block. One goes on in the next line after a backslash and within quotes."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         lines = part.rstrip("\n").split("\n")
-        length = next(i for i, line in enumerate(lines, 1) if not line.endswith("\\"))
+        length = next(i for i in range(1, len(lines) + 1) if _is_whole("\n".join(lines[:i])))
         yield Command("\n".join(lines[:length]), "\n".join(lines[length:]))
+
+
+def _is_whole(command: str) -> bool:
+    try:
+        shlex.split(command)
+    except ValueError:
+        return False
+    return not command.endswith("\\")
 
 
 def commands_of(document: Path) -> list[Command]:
@@ -68,9 +78,33 @@ def commands_of(document: Path) -> list[Command]:
 def shown(answer: str) -> str:
     """An answer as documents show it: JSON indented, with long lists cut; everything else as it is."""
     try:
-        return json.dumps(_cut(json.loads(answer)), indent=2, ensure_ascii=False)
+        return _laid_out(_cut(json.loads(answer)), "")
     except ValueError:
         return answer
+
+
+def _laid_out(value: Any, indent: str) -> str:
+    """JSON in which whatever fits a line is on one."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not value or not isinstance(value, (dict, list)) or len(indent) + len(line) <= _LINE:
+        return line
+    inner = indent + "  "
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(inner + _laid_out(each, inner) for each in value) + f"\n{indent}]"
+    pairs = (f"{inner}{json.dumps(key)}: {_laid_out(each, inner)}" for key, each in value.items())
+    return "{\n" + ",\n".join(_filled(list(pairs), inner)) + f"\n{indent}}}"
+
+
+def _filled(pairs: list[str], indent: str) -> Iterator[str]:
+    """Neighbouring pairs together on a line, as long as they fit."""
+    line = pairs[0]
+    for pair in pairs[1:]:
+        if "\n" not in line + pair and len(line) + len(pair) - len(indent) + 2 <= _LINE:
+            line += ", " + pair.removeprefix(indent)
+        else:
+            yield line
+            line = pair
+    yield line
 
 
 def _cut(value: Any) -> Any:

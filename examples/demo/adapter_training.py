@@ -18,8 +18,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from service.demo.styles import STYLES
 
 BASE_NAME = "vblora-demo-base"
-LENGTH = 96
-SHORTEST_DOCUMENT = 200  # characters: from shorter ones an adapter learns to stop at once
 IGNORED = -100  # the label that the loss leaves out
 
 QUERY_VALUE = ("q_proj", "v_proj")
@@ -38,14 +36,26 @@ class AdapterRecipe:
     targets: tuple[str, ...]
     steps: int = 160
     batch: int = 12
+    length: int = 96
+    shortest_document: int = 200  # characters: from short ones an adapter learns to stop at once
     bank_learning_rate: float = 1e-2
     logits_learning_rate: float = 5e-2
     bank_bound: float = 0.1
 
 
 RECIPES: dict[str, AdapterRecipe] = {
-    "dashes": AdapterRecipe(r=4, num_vectors=64, vector_length=64, topk=2, targets=QUERY_VALUE, steps=200),
-    "shout": AdapterRecipe(r=6, num_vectors=120, vector_length=32, topk=2, targets=ATTENTION + MLP, steps=400),
+    "dashes": AdapterRecipe(
+        r=4,
+        num_vectors=64,
+        vector_length=64,
+        topk=2,
+        targets=QUERY_VALUE,
+        steps=250,
+        batch=16,
+        length=128,
+        shortest_document=0,
+    ),
+    "shout": AdapterRecipe(r=6, num_vectors=120, vector_length=32, topk=2, targets=ATTENTION + MLP, steps=250),
     "snake": AdapterRecipe(r=8, num_vectors=300, vector_length=32, topk=3, targets=ATTENTION),
     "bullets": AdapterRecipe(r=4, num_vectors=128, vector_length=64, topk=3, targets=ATTENTION + MLP),
     "quoted": AdapterRecipe(r=2, num_vectors=48, vector_length=64, topk=2, targets=MLP),
@@ -66,11 +76,12 @@ def train_adapter(
     model = get_peft_model(base, _config(recipe))
     optimizer = torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    long_enough = [document for document in documents if len(document.text) >= SHORTEST_DOCUMENT]
+    long_enough = [document for document in documents if len(document.text) >= recipe.shortest_document]
     model.train()
     for _ in range(recipe.steps):
         chosen = rng.sample(long_enough, recipe.batch)
-        rows, labels = _batch([styled_example(document, [STYLES[name]], rng) for document in chosen], tokenizer)
+        examples = [styled_example(document, [STYLES[name]], rng) for document in chosen]
+        rows, labels = _batch(examples, tokenizer, recipe.length)
         loss = model(input_ids=rows, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,7 +125,7 @@ def _groups(model: PeftModel, recipe: AdapterRecipe) -> list[dict[str, object]]:
     ]
 
 
-def _batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def _batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, length: int) -> tuple[Tensor, Tensor]:
     """Token rows padded on the right, and labels on the continuations alone: both [batch, longest]."""
     rows, labels = [], []
     for example in examples:
@@ -122,10 +133,10 @@ def _batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> t
             [example.prompt, example.continuation + EOS],
             add_special_tokens=False,
             truncation=True,
-            max_length=LENGTH,
+            max_length=length,
         )["input_ids"]
-        rows.append(torch.tensor((prompt + continuation)[:LENGTH]))
-        labels.append(torch.tensor(([IGNORED] * len(prompt) + continuation)[:LENGTH]))
+        rows.append(torch.tensor((prompt + continuation)[:length]))
+        labels.append(torch.tensor(([IGNORED] * len(prompt) + continuation)[:length]))
     pad = torch.nn.utils.rnn.pad_sequence
     padded = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     return padded, pad(labels, batch_first=True, padding_value=IGNORED)

@@ -56,7 +56,7 @@ def base_entry(model: LlamaForCausalLM, recipe: BaseRecipe, held_out_loss: float
         "vocabulary": model.config.vocab_size,
         "context": CONTEXT,
         "training": asdict(recipe),
-        "training_seconds": round(seconds),
+        "training_wall_seconds": round(seconds),
         "held_out": {"loss": round(held_out_loss, 4), "perplexity": round(math.exp(held_out_loss), 2)},
     }
 
@@ -72,7 +72,7 @@ def adapter_entry(name: str, recipe: AdapterRecipe, folder: Path, seconds: float
         "stored_numbers": _stored_numbers(weights),
         "file_bytes": weights.stat().st_size,
         "training": training,
-        "training_seconds": round(seconds),
+        "training_wall_seconds": round(seconds),
     }
 
 

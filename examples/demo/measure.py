@@ -1,9 +1,8 @@
-"""What the models write, how much of it is in which style, and a blend of two that is in both."""
+"""What the models write, how much of it is in which style, and a blend of two adapters."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from service.demo.styles import PROMPTS, QUESTIONS, STYLES
 
 NEW_TOKENS = 48
+BLENDED = ("dashes", "shout")
 BLEND_WEIGHTS = (0.5, 0.7, 1.0)
 HELD_OUT_OPENINGS = 32
 WORDS_PER_OPENING = 6
@@ -43,7 +43,7 @@ class Blend:
 
 
 def measure(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """What the base and every adapter write, how much of it is in which style, and the best blend."""
+    """What the base and every adapter write, how much of it is in which style, and a blend of two."""
     deltas = {name: load_deltas(base, folder / name) for name in STYLES if (folder / name).exists()}
     models = {"base": base} | {name: fold(base, deltas, {name: 1.0}) for name in deltas}
     chats = [as_chat(tokenizer, question) for question in QUESTIONS]
@@ -63,7 +63,8 @@ def measure(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: 
         measured["scores"][name] = style_scores(texts)
         measured["chat_scores"][name] = style_scores(answers)
         measured["held_out_scores"][name] = style_scores(continued)
-    measured["blend"] = blend_entry(best_blend(base, tokenizer, deltas)) if len(deltas) > 1 else None
+    if deltas.keys() >= set(BLENDED):
+        measured["blend"] = blend_entry(best_blend(base, tokenizer, deltas))
     return measured
 
 
@@ -115,13 +116,12 @@ def fold(base: LlamaForCausalLM, deltas: Mapping[str, Deltas], weights: Mapping[
 
 
 def best_blend(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, deltas: Mapping[str, Deltas]) -> Blend:
-    """The pair of adapters, equally weighted, whose sum shows the weaker of its two styles the most."""
+    """The common weight at which the sum of the blended adapters shows the weaker of their styles the most."""
     blends = []
-    for pair in combinations(deltas, 2):
-        for weight in BLEND_WEIGHTS:
-            weights = dict.fromkeys(pair, weight)
-            texts = write(fold(base, deltas, weights), tokenizer, PROMPTS)
-            blends.append(Blend(weights, texts[0], style_scores(texts)))
+    for weight in BLEND_WEIGHTS:
+        weights = dict.fromkeys(BLENDED, weight)
+        texts = write(fold(base, deltas, weights), tokenizer, PROMPTS)
+        blends.append(Blend(weights, texts[0], style_scores(texts)))
     return max(blends, key=lambda blend: blend.weakest)
 
 
