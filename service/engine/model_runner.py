@@ -23,8 +23,16 @@ class ModelRunner(Protocol):
     @property
     def rows(self) -> int: ...
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        """Whether rows that may grow to these lengths fit the memory for keys and values."""
+    @property
+    def ragged(self) -> bool:
+        """Whether the rows of one `extend` may take different numbers of tokens."""
+        ...
+
+    def spare(self, lengths: Sequence[int]) -> int:
+        """Bytes of the memory for keys and values left beside rows grown to these lengths; negative: they do not fit.
+
+        May be asked from any thread.
+        """
         ...
 
     def add(self, rows: int) -> None:
@@ -63,8 +71,12 @@ class TransformersRunner:
     def rows(self) -> int:
         return self.kv.rows
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        return self.kv.fits(lengths, beside)
+    @property
+    def ragged(self) -> bool:
+        return self.kv.ragged
+
+    def spare(self, lengths: Sequence[int]) -> int:
+        return self.kv.spare(lengths)
 
     def add(self, rows: int) -> None:
         self.kv.add(rows)

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from service.engine.kv.backend import Blocks
 
 BLOCK = 16
@@ -45,8 +47,13 @@ class PrefixHit:
         return BLOCK * len(self._nodes)
 
     @property
-    def blocks(self) -> list[Blocks]:
-        return [node.blocks for node in self._nodes]
+    def blocks(self) -> Blocks:
+        """The state of all its tokens in one piece."""
+        by_layer = zip(*(node.blocks for node in self._nodes), strict=True)
+        return [
+            (torch.cat([keys for keys, _ in nodes], dim=1), torch.cat([values for _, values in nodes], dim=1))
+            for nodes in by_layer
+        ]
 
     def release(self) -> None:
         for node in self._nodes:
@@ -77,6 +84,8 @@ class PrefixCache:
 
     def insert(self, owner: Hashable, tokens: Sequence[int], read: Read) -> None:
         """Keeps the state of a prompt's whole blocks, reading those that are not kept yet."""
+        if len(tokens) < BLOCK:
+            return
         nodes = self._path(owner, tokens, len(tokens) // BLOCK)
         node = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner, []))
         for start in range(BLOCK * len(nodes), BLOCK * (len(tokens) // BLOCK), BLOCK):

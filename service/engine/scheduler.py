@@ -91,7 +91,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         while (sequence := self._next(ready)) is not None:
             lengths = [each.final_length for each in (*self._running, sequence)]
-            if self._running and not fits(lengths):
+            if not fits(lengths) and self._running:
                 break
             self._start(sequence)
             admitted.append(sequence)

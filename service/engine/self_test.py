@@ -83,22 +83,29 @@ def _agrees(runner: TransformersRunner, texts: list[list[int]], expected: list[T
         return False
     finally:
         runner.keep([])
-    errors = [float((one - other).abs().max()) for one, other in zip(answered, expected, strict=True)]
-    return max(errors) <= tolerance
+    pairs = zip(answered, expected, strict=True)
+    return all(torch.allclose(one, other, rtol=0, atol=tolerance) for one, other in pairs)
 
 
 def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:
-    """Rows join, one of them in chunks, move and decode a token together. Token logits as `_plain` gives them."""
-    first, *others = texts
+    """Rows join, one with a beginning that another ran, move and decode a token. Token logits as `_plain` gives them."""
+    first, long, short = texts
     runner.add(1)
-    before = [runner.extend([0], [first[:-1]], None)]
-    runner.add(len(others))
-    rows = list(range(1, len(texts)))
-    prompts = [text[:-1] for text in others]
-    runner.extend([rows[0]], [prompts[0][:_CHUNK]], None)
-    prompts[0] = prompts[0][_CHUNK:]
-    before += [of_row.unsqueeze(0) for of_row in runner.extend(rows, prompts, None)]
-    order = [*rows, 0]
+    before = runner.extend([0], [first[:-1]], None)
+    runner.add(1)
+    runner.extend([1], [long[:_CHUNK]], None)
+    beginning = runner.read(1, 0, _CHUNK)
+    runner.keep([0])
+    runner.add(2)
+    runner.write(1, beginning)
+    before = torch.cat([before, _extend(runner, [1, 2], [long[_CHUNK:-1], short[:-1]])])
+    order = [1, 2, 0]
     runner.keep(order)
-    after = runner.extend(range(len(texts)), [texts[row][-1:] for row in order], None)
-    return [torch.cat([before[row], after[order.index(row)].unsqueeze(0)]) for row in range(len(texts))]
+    after = runner.extend(range(3), [texts[row][-1:] for row in order], None)
+    return [torch.stack([before[row], after[order.index(row)]]) for row in range(3)]
+
+
+def _extend(runner: TransformersRunner, rows: list[int], tokens: list[list[int]]) -> Tensor:
+    if runner.ragged:
+        return runner.extend(rows, tokens, None)
+    return torch.cat([runner.extend([row], [of_row], None) for row, of_row in zip(rows, tokens, strict=True)])

@@ -30,15 +30,17 @@ class KVBackend(Protocol):
     """The state of the running rows, numbered from 0 in the order in which they were added.
 
     A forward is `begin` → the model → `commit`; without the commit nothing has happened, so that it can be tried again.
+    `ragged`: the rows of one forward may take different counts of tokens.
     """
 
     name: str
+    ragged: bool
 
     @property
     def rows(self) -> int: ...
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        """Whether rows that may grow to these lengths fit the budget together, with `beside` bytes taken already."""
+    def spare(self, lengths: Sequence[int]) -> int:
+        """Bytes of the budget left beside rows grown to these lengths; negative if they do not fit. From any thread."""
         ...
 
     def add(self, rows: int) -> None:

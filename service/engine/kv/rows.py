@@ -1,8 +1,8 @@
 """The rows backend: rows padded on the left in transformers' own dynamic cache, without sliding windows.
 
 Slower than slots (steps concatenate and joins copy), and right for nearly every architecture that can generate in
-batches: the model sees what it sees under `generate`. A row's tokens may have padding between them, where other rows
-took more tokens in one forward; the mask says where.
+batches: the model sees what it sees under `generate`. The rows of one forward take as many tokens each, so that no row
+gets padding between its tokens: windows and some position biases count columns, not tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class RowsBackend:
     """Implements `KVBackend`. `mask` [rows, columns] is 1 where a row holds a token."""
 
     name = "rows"
+    ragged = False
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:
         self._device = device
@@ -41,23 +42,24 @@ class RowsBackend:
             0 if self._cache is None else sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
         )
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        return not lengths or len(lengths) * max(lengths) * self._bytes_per_token + beside <= self._budget
+    def spare(self, lengths: Sequence[int]) -> int:
+        needed = len(lengths) * max(lengths, default=0) * self._bytes_per_token
+        return self._budget - max(needed, self.nbytes)
 
     def add(self, rows: int) -> None:
-        self._mask = F.pad(self._mask, (0, 0, 0, rows))
         if self._cache is not None:
-            for layer in self._cache.layers:
+            padded = _snapshot(self._cache)
+            for layer in padded.layers:
                 layer.keys = _pad_rows(layer.keys, rows)
                 layer.values = _pad_rows(layer.values, rows)
+            self._cache = padded
+        self._mask = F.pad(self._mask, (0, 0, 0, rows))
 
     def begin(self, rows: Sequence[int], counts: Sequence[int]) -> StepInputs:
-        longest = max(counts)
-        columns = torch.arange(longest, device=self._device)
-        joining = (columns >= longest - torch.tensor(counts, device=self._device).unsqueeze(1)).long()
+        assert len({*counts}) == 1, "a row would get padding between its tokens"
         cache, held = self._taken(list(rows))
-        mask = torch.cat([held, joining], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -longest:]
+        mask = F.pad(held, (0, counts[0]), value=1)
+        positions = (mask.cumsum(1) - 1)[:, -counts[0] :]
         self._begun = list(rows), cache, mask
         return StepInputs(cache, mask, positions)
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from service.engine.kv.backend import Blocks, StepInputs
 
-_TOKEN_BUCKET = 64
+_BLOCK = 64  # columns
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +47,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys = _empty(key_states, *shape)
         self.values = _empty(value_states, *shape)
         self.is_initialized = True
+        self._slots.bytes_per_token += (self.keys.nbytes + self.values.nbytes) // (shape[0] * shape[1])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -72,9 +73,13 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = _moved(self.keys, slots, columns)
             self.values = _moved(self.values, slots, columns)
 
+    def clear(self, slots: Sequence[int]) -> None:
+        if self.is_initialized and slots:
+            self.keys[slots], self.values[slots] = 0, 0
+
 
 def _empty(states: Tensor, slots: int, columns: int) -> Tensor:
-    # Zeros: a masked column's value is multiplied by 0, and what is not written yet must not be NaN.
+    # Zeros: a masked column's value is multiplied by 0, and what a row has not written must not be NaN.
     return states.new_zeros(slots, states.shape[1], columns, states.shape[3])
 
 
@@ -95,9 +100,14 @@ def _put(store: Tensor, states: Tensor, window: _Window) -> Tensor:
 
 
 class SlotBackend:
-    """Implements `KVBackend`. `budget_bytes` bounds what `fits`, and how generously the slots grow."""
+    """Implements `KVBackend`. The slots grow generously, in powers of two, within half of the budget.
+
+    The other half is for prefixes; rows may take it too, but no more of it than they need, in blocks of 64 columns.
+    `bytes_per_token` is of all layers together; 0 before the first forward.
+    """
 
     name = "slot"
+    ragged = True
 
     def __init__(self, layers: int, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
         self._layers = [_SlotLayer(self) for _ in range(layers)]
@@ -108,7 +118,8 @@ class SlotBackend:
         self._budget = budget_bytes
         self._lengths: list[int] = []
         self._pending: tuple[list[int], list[int]] | None = None
-        self.slots, self.columns = 1, _TOKEN_BUCKET
+        self.slots, self.columns = 1, _BLOCK
+        self.bytes_per_token = 0
         self.window: _Window
 
     @property
@@ -119,25 +130,21 @@ class SlotBackend:
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers if layer.is_initialized)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of all layers together; 0 before the first forward."""
-        return self.nbytes // (self.slots * (self.columns + 1))
-
     def length(self, row: int) -> int:
         return self._lengths[row]
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        return not lengths or len(lengths) * (max(lengths) + 1) * self.bytes_per_token + beside <= self._budget
+    def spare(self, lengths: Sequence[int]) -> int:
+        needed = self._bytes(len(lengths), _in_blocks(max(lengths))) if lengths else 0
+        return self._budget - max(needed, self.nbytes)
 
     def add(self, rows: int) -> None:
+        self._make_room(self.rows + rows, 1)
         self._lengths += [0] * rows
-        self._grow(self.rows, self.columns)
 
     def begin(self, rows: Sequence[int], counts: Sequence[int]) -> StepInputs:
         starts = [self._lengths[row] for row in rows]
         length = max(start + count for start, count in zip(starts, counts, strict=True))
-        self._grow(self.slots, length)
+        self._make_room(self.rows, length)
         queries = max(counts)
         offsets = torch.arange(queries) - (queries - torch.tensor(counts)).unsqueeze(1)  # [rows, queries]
         positions = torch.tensor(starts).unsqueeze(1) + offsets
@@ -170,7 +177,8 @@ class SlotBackend:
         self._pending = None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only the rows that change place are copied."""
+        """Only the rows that change place are copied. What the others leave behind is cleared: it may be NaN."""
+        self._clear(sorted({*range(self.rows)} - {*rows}))
         moves = [(to, row) for to, row in enumerate(rows) if to != row]
         if moves:
             to, row = (torch.tensor(index, device=self._device) for index in zip(*moves, strict=True))
@@ -179,9 +187,9 @@ class SlotBackend:
                 if layer.is_initialized:
                     layer.keys[to, :, :length] = layer.keys[row, :, :length]
                     layer.values[to, :, :length] = layer.values[row, :, :length]
+        self._clear(range(len(rows), self.rows))
         self._lengths = [self._lengths[row] for row in rows]
-        if not rows:
-            self._resize(1, _TOKEN_BUCKET)
+        self._shrink()
 
     def read(self, row: int, start: int, end: int) -> Blocks:
         return [
@@ -191,21 +199,34 @@ class SlotBackend:
     def write(self, row: int, blocks: Blocks) -> None:
         start = self._lengths[row]
         end = start + blocks[0][0].shape[1]
-        self._grow(self.slots, end)
+        self._make_room(self.rows, end)
         for layer, (keys, values) in zip(self._layers, blocks, strict=True):
             layer.keys[row, :, start:end] = keys
             layer.values[row, :, start:end] = values
         self._lengths[row] = end
 
-    def _grow(self, slots: int, columns: int) -> None:
-        """Makes room in buckets, powers of two, but never more than the budget allows for what is needed."""
-        if slots <= self.slots and columns <= self.columns:
+    def _make_room(self, rows: int, longest: int) -> None:
+        """For so many rows, one of which grows to `longest`."""
+        longest = max(longest, *self._lengths, 1)
+        if rows <= self.slots and longest <= self.columns:
             return
-        wanted_slots = _bucket(max(slots, self.rows), 1)
-        wanted_columns = _bucket(max(columns, *self._lengths, 1), _TOKEN_BUCKET)
-        if wanted_slots * (wanted_columns + 1) * self.bytes_per_token > self._budget:
-            wanted_slots, wanted_columns = max(slots, self.rows), max(columns, *self._lengths)
-        self._resize(wanted_slots, wanted_columns)
+        slots, columns = max(self.slots, _bucket(rows, 1)), max(self.columns, _bucket(longest, _BLOCK))
+        if self._bytes(slots, columns) > self._budget // 2:
+            slots, columns = rows, _in_blocks(longest)
+        self._resize(slots, columns)
+
+    def _shrink(self) -> None:
+        """Gives memory back when no row is left, or when the rows that are left need far less than is taken."""
+        slots, columns = _bucket(self.rows, 1), _bucket(max(self._lengths, default=1), _BLOCK)
+        if not self.rows or self.nbytes > self._budget // 2 >= 2 * self._bytes(slots, columns):
+            self._resize(slots, columns)
+
+    def _clear(self, slots: Sequence[int]) -> None:
+        for layer in self._layers:
+            layer.clear(slots)
+
+    def _bytes(self, slots: int, columns: int) -> int:
+        return slots * (columns + 1) * self.bytes_per_token
 
     def _resize(self, slots: int, columns: int) -> None:
         for layer in self._layers:
@@ -217,6 +238,10 @@ def _as_slice(rows: Sequence[int], device: torch.device) -> slice | Tensor:
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
+
+
+def _in_blocks(columns: int) -> int:
+    return -(-columns // _BLOCK) * _BLOCK
 
 
 def _bucket(needed: int, smallest: int) -> int:

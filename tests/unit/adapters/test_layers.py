@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.layers import AdaptedModule, AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
+from adapters.layers import AdaptedModel, AdaptedModule, AdapterFactors, LayerFactors, LowRankBatch
 from adapters.targets import BaseModules
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_logits, peft_reference, rewrite, tiny_model
 from tests.unit.adapters.support import BANK, PROMPT, adapted, alone, factors, token_logits
