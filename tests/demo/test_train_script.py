@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.heavy
 def test_two_steps_of_everything(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "demo" / "train.py")
-    steps = ["--base-steps", "2", "--adapter-steps", "2"]
+    steps = ["--base-steps", "2", "--adapter-steps", "2", "--threads", "1"]
     subprocess.run(
         [sys.executable, script, "--out", str(tmp_path), *steps],
         check=True,
