@@ -68,6 +68,11 @@ class AdaptedModel:
         """The base model's own leaf, as it was before wrapping."""
         return self._leaves[name]
 
+    @property
+    def wrapped(self) -> int:
+        """How many leaves take part in batches."""
+        return len(self._leaves)
+
     def can_replace(self, name: str) -> bool:
         """Whether the parameters of this module may differ from row to row."""
         return name in self._leaves

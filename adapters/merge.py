@@ -90,14 +90,15 @@ class Merger:
         folded = base if change is None else (base.float() + change).to(own.dtype)
         if not bool(folded.isfinite().all()):
             raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
+        error = None
+        if change is not None and (scale := float(change.norm())):
+            error = float((folded.float() - base.float() - change).norm()) / scale
         self._folded[place] = own
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(folded, requires_grad=False)
         else:
             own.data.copy_(folded)
-        if change is None or not (scale := float(change.norm())):
-            return None
-        return float((folded.float() - base.float() - change).norm()) / scale
+        return error
 
 
 def _changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[_Place]:
