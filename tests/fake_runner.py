@@ -11,6 +11,7 @@ from adapters.layers import LowRankBatch
 from service.engine.kv.backend import Blocks
 
 VOCABULARY = 50
+TOKEN_BYTES = 16  # of a block: a token's id as its key and as its value
 
 
 class FakeRunner:
@@ -18,8 +19,11 @@ class FakeRunner:
 
     So the base counts 5, 6, 7 …, and a row that got another row's adapter is off by a visible step. What a real runner
     would hold as keys and values it holds as the tokens themselves: `texts` are its rows, and blocks carry tokens.
-    `failing_token` makes a forward raise that is given it; `nan_token` makes its row NaN; `room` bounds what fits.
+    `failing_token` makes a forward raise that is given it; `nan_token` makes its row NaN; `room` bounds the bytes of
+    rows, of which a token takes `TOKEN_BYTES`.
     """
+
+    ragged = True
 
     def __init__(self) -> None:
         self.forwards: list[list[int]] = []  # tokens per row, for each forward that was tried
@@ -32,8 +36,9 @@ class FakeRunner:
     def rows(self) -> int:
         return len(self.texts)
 
-    def fits(self, lengths: Sequence[int], beside: int = 0) -> bool:
-        return self.room is None or len(lengths) * max(lengths, default=0) + beside <= self.room
+    def spare(self, lengths: Sequence[int]) -> int:
+        room = 1 << 40 if self.room is None else self.room
+        return room - len(lengths) * max(lengths, default=0) * TOKEN_BYTES
 
     def add(self, rows: int) -> None:
         self.texts += [[] for _ in range(rows)]
@@ -42,6 +47,7 @@ class FakeRunner:
         assert len(set(rows)) == len(rows) == len(tokens)
         assert all(row < len(self.texts) for row in rows), "the scheduler and the runner disagree about the rows"
         self.forwards.append([len(of_row) for of_row in tokens])
+        assert self.ragged or len(set(self.forwards[-1])) == 1
         token_logits = self._token_logits([of_row[-1] for of_row in tokens], batch)
         if any(self.failing_token in of_row for of_row in tokens):
             raise RuntimeError("the forward failed, as it was told to")
@@ -53,12 +59,12 @@ class FakeRunner:
         self.texts = [self.texts[row] for row in rows]
 
     def read(self, row: int, start: int, end: int) -> Blocks:
-        tokens = torch.tensor(self.texts[row][start:end])
-        assert len(tokens) == end - start
+        tokens = torch.tensor(self.texts[row][start:end]).reshape(1, -1, 1)
+        assert tokens.numel() == end - start
         return [(tokens, tokens)]
 
     def write(self, row: int, blocks: Blocks) -> None:
-        self.texts[row] += blocks[0][0].tolist()
+        self.texts[row] += blocks[0][0].flatten().tolist()
 
     def _token_logits(self, tokens: Sequence[int], batch: LowRankBatch | None) -> Tensor:
         token_logits = torch.zeros(len(tokens), VOCABULARY)

@@ -84,19 +84,18 @@ class PrefixCache:
 
     def insert(self, owner: Hashable, tokens: Sequence[int], read: Read) -> None:
         """Keeps the state of a prompt's whole blocks, reading those that are not kept yet."""
-        if len(tokens) < BLOCK:
-            return
         nodes = self._path(owner, tokens, len(tokens) // BLOCK)
-        node = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner, []))
-        for start in range(BLOCK * len(nodes), BLOCK * (len(tokens) // BLOCK), BLOCK):
-            block = tuple(tokens[start : start + BLOCK])
-            child = _Node(node, block, read(start, start + BLOCK))
-            node.children[block] = child
-            nodes.append(child)
-            self.nbytes += child.nbytes
-            node = child
-        self._touch(nodes)
-        self.shrink_to(self._budget)
+        try:
+            for start in range(BLOCK * len(nodes), BLOCK * (len(tokens) // BLOCK), BLOCK):
+                blocks = read(start, start + BLOCK)
+                parent = nodes[-1] if nodes else self._roots.setdefault(owner, _Node(None, owner, []))
+                node = _Node(parent, tuple(tokens[start : start + BLOCK]), blocks)
+                parent.children[node.key] = node
+                nodes.append(node)
+                self.nbytes += node.nbytes
+        finally:
+            self._touch(nodes)
+            self.shrink_to(self._budget)
 
     def shrink_to(self, nbytes: int) -> None:
         """Evicts until at most this much is kept, or only what is being read."""

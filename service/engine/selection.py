@@ -5,7 +5,6 @@ As a client writes it (`SelectionSpec`) it names adapters; as the engine runs it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +13,7 @@ from adapters.errors import InvalidSelection
 
 BASE = "base"
 MAX_BLEND = 32
+MAX_WEIGHT = 1e4  # a weight beyond it is a slip, and can overflow a batch's arithmetic
 
 
 class Mode(StrEnum):
@@ -109,5 +109,9 @@ def _check_blend(adapters: Sequence[WeightedName]) -> None:
             raise InvalidSelection(
                 '\'base\' has no delta to blend; leave it out, or use "adapter": "base"', subject="adapters"
             )
-        if not math.isfinite(adapter.weight):
-            raise InvalidSelection(f"the weight of {adapter.name!r} is not a finite number", subject="adapters")
+        if not abs(adapter.weight) <= MAX_WEIGHT:
+            raise InvalidSelection(
+                f"the weight of {adapter.name!r} is {adapter.weight:g}; it must be between {-MAX_WEIGHT:g} and "
+                f"{MAX_WEIGHT:g}",
+                subject="adapters",
+            )

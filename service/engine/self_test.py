@@ -88,7 +88,7 @@ def _agrees(runner: TransformersRunner, texts: list[list[int]], expected: list[T
 
 
 def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:
-    """Rows join, one with a beginning that another ran, move and decode a token. Token logits as `_plain` gives them."""
+    """Rows join, one with a beginning that another ran, move, decode a token. Token logits as `_plain` gives them."""
     first, long, short = texts
     runner.add(1)
     before = runner.extend([0], [first[:-1]], None)

@@ -1,9 +1,10 @@
 """What happens on the model's thread: jobs join the batch, take steps together, and leave it.
 
-    admit what there is room for → run a part of their prompts → decode one token of everyone else
+    admit what there is room for → fold or restore the base weights, as the rows ask
+        → run a part of their prompts → decode one token of everyone else
 
-Before either forward the base weights are folded or restored as the rows ask. The worker has no thread of its own and
-no lock: whoever calls it owns the model.
+The worker has no thread of its own and no lock: whoever calls it owns the model. What goes wrong with one request ends
+that request; only an error that leaves the device's state unknown leaves `step`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -27,7 +30,7 @@ from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
 from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
-from service.engine.scheduler import Limits, Scheduler, foldable
+from service.engine.scheduler import Chunk, Limits, Scheduler, foldable
 from service.engine.selection import Selection
 from service.engine.sequence import Sequence, SequenceStatus
 
@@ -61,6 +64,7 @@ class Worker:
         self._folded: Selection | None = None
         self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
         self._stack = FactorStack(())
+        self._unfoldable: set[object] = set()
         self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = 0
 
     @property
@@ -77,7 +81,7 @@ class Worker:
 
     def can_ever_run(self, length: int) -> bool:
         """Whether a row may grow to this length when it has all the memory to itself. From any thread."""
-        return self._runner.fits([length])
+        return self._runner.spare([length]) >= 0
 
     def admit(self, job: Job) -> None:
         """Takes a job whose adapters are loaded. Its choices wait for room in the batch."""
@@ -89,6 +93,7 @@ class Worker:
         """A part of the prompts of those that joined, and one token of every other row."""
         self._drop_finished()
         self._join()
+        self._fold_or_restore()
         decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
         self._prefill()
         self._drop_finished()
@@ -99,6 +104,7 @@ class Worker:
         """Folds a selection into the base weights now. The next step restores them if its rows want something else."""
         began = time.perf_counter()
         weights = [adapter.weight for adapter in selection.adapters]
+        self._folded = None  # what was folded is restored first, also when the fold fails
         report = self._merger.fold(list(zip(factors, weights, strict=True)))
         self._folded = selection
         self.folds += 1
@@ -113,20 +119,21 @@ class Worker:
         if not joining:
             return
         first = self._runner.rows
-        self._runner.add(len(joining))
+        try:
+            self._runner.add(len(joining))
+        except Exception as error:
+            self._fail(joining, error)
+            self._drop_finished()
+            return
         for row, sequence in enumerate(joining, first):
             self._take_prefix(row, sequence)
 
     def _fits(self, lengths: SequenceOf[int]) -> bool:
         """Whether rows of these lengths fit; cached prefixes make room for them."""
-        if self._prefixes is None:
-            return self._runner.fits(lengths)
-        while not self._runner.fits(lengths, self._prefixes.nbytes):
-            before = self._prefixes.nbytes
-            self._prefixes.shrink_to(before // 2)
-            if self._prefixes.nbytes == before:
-                return False
-        return True
+        spare = self._runner.spare(lengths)
+        if self._prefixes is not None and spare >= 0:
+            self._prefixes.shrink_to(spare)
+        return spare >= 0
 
     def _is_ready(self, sequence: Sequence) -> bool:
         """Not while a row is just running a beginning that this one could take from the cache afterwards."""
@@ -134,7 +141,7 @@ class Worker:
             return True
         owner, prompt = sequence.prefix_owner, sequence.request.prompt_ids
         shared = [
-            common_blocks(prompt, other.request.prompt_ids)
+            common_blocks(prompt[:-1], other.request.prompt_ids)
             for other in self._scheduler.running
             if other.is_prefilling and other.prefix_owner == owner
         ]
@@ -144,33 +151,45 @@ class Worker:
         if self._prefixes is None:
             return
         hit = self._prefixes.match(sequence.prefix_owner, sequence.request.prompt_ids)
-        for blocks in hit.blocks:
-            self._runner.write(row, blocks)
-        sequence.prefilled = hit.tokens
-        self.prefix_tokens += hit.tokens
+        with _optional("a prefix was not reused"):
+            if hit.tokens:
+                self._runner.write(row, hit.blocks)
+            sequence.prefilled = hit.tokens
+            self.prefix_tokens += hit.tokens
         hit.release()
 
     # --- forwards ---------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        chunks = self._scheduler.prefill()
-        if not chunks:
-            return
-        answers = self._forward([chunk.sequence for chunk in chunks], [chunk.tokens for chunk in chunks])
-        counts = {chunk.sequence: len(chunk.tokens) for chunk in chunks}
         complete = []
-        for sequence, token_logits in answers:
-            sequence.prefilled += counts[sequence]
-            self.prompt_tokens += counts[sequence]
-            if not sequence.is_prefilling:
-                self._keep_prefix(sequence)
-                complete.append((sequence, token_logits))
+        for chunks in self._together(self._scheduler.prefill()):
+            counts = {chunk.sequence: len(chunk.tokens) for chunk in chunks}
+            for sequence, token_logits in self._forward(list(counts), [chunk.tokens for chunk in chunks]):
+                sequence.prefilled += counts[sequence]
+                self.prompt_tokens += counts[sequence]
+                if not sequence.is_prefilling:
+                    complete.append((sequence, token_logits))
         self._take_tokens(complete)
+        for sequence, token_logits in complete:
+            if not _broken(token_logits):
+                self._keep_prefix(sequence)
+
+    def _together(self, chunks: SequenceOf[Chunk]) -> Iterable[list[Chunk]]:
+        """The chunks that may share a forward."""
+        forwards: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            forwards.setdefault(0 if self._runner.ragged else len(chunk.tokens), []).append(chunk)
+        return forwards.values()
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        if self._prefixes is not None:
-            read = partial(self._runner.read, self._scheduler.running.index(sequence))
+        """Keeps the state of a prompt, unless running rows may yet need the memory."""
+        if self._prefixes is None:
+            return
+        running = self._scheduler.running
+        read = partial(self._runner.read, running.index(sequence))
+        with _optional("a prefix was not kept"):
             self._prefixes.insert(sequence.prefix_owner, sequence.request.prompt_ids, read)
+        self._prefixes.shrink_to(self._runner.spare([each.final_length for each in running]))
 
     def _decode(self, decoding: list[Sequence]) -> None:
         if not decoding:
@@ -187,7 +206,6 @@ class Worker:
 
     def _forward(self, sequences: list[Sequence], tokens: list[SequenceOf[int]]) -> list[Answer]:
         """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
-        self._fold_or_restore()
         for sequence in sequences:
             self._owners[sequence][0].mark_step(folded=self._folded is not None)
         try:
@@ -195,11 +213,8 @@ class Worker:
             batch = None if self._folded is not None else self._low_rank(sequences)
             token_logits = self._runner.extend([row_of[sequence] for sequence in sequences], tokens, batch)
         except Exception as error:
-            if is_fatal(error):
-                raise
-            if len(sequences) == 1:
-                log.exception("a forward failed for request %s", sequences[0].request.request_id)
-                self._owners[sequences[0]][0].fail(*failure(error))
+            if len(sequences) == 1 or is_fatal(error):
+                self._fail(sequences, error)
                 return []
             half = len(sequences) // 2
             return self._forward(sequences[:half], tokens[:half]) + self._forward(sequences[half:], tokens[half:])
@@ -207,16 +222,28 @@ class Worker:
 
     def _fold_or_restore(self) -> None:
         """Folded only while every row of the batch has the one selection that asked for it, or that it pays for."""
-        wanted = foldable(self._scheduler.running)
+        running = self._scheduler.running
+        if not running:
+            return
+        wanted = foldable(running)
         if wanted is None and self._auto_merge is not None:
-            sole = foldable(self._scheduler.running, automatic=True)
+            sole = foldable(running, automatic=True)
             wanted = sole if sole is not None and self._auto_merge.wants(sole.key) else None
         if self._folded is not None and (wanted is None or wanted.key != self._folded.key):
             self._merger.restore()
             self._folded = None
-        if self._folded is None and wanted is not None:
-            job, _ = self._owners[self._scheduler.running[0]]
-            self.fold(wanted, job.factors)
+        if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
+            self._try_fold(wanted, self._owners[running[0]][0].factors)
+
+    def _try_fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> None:
+        """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
+        try:
+            self.fold(selection, factors)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            log.warning("%s cannot be folded: %s", selection.header, error)
+            self._unfoldable.add(selection.key)
 
     def _low_rank(self, sequences: list[Sequence]) -> LowRankBatch | None:
         """The low-rank part for these rows, kept from earlier steps whose rows had the same selections."""
@@ -258,19 +285,22 @@ class Worker:
         if not answers:
             return
         token_logits = torch.stack([of_row for _, of_row in answers])
-        broken = token_logits.isnan().any(-1).tolist()
+        broken = _broken(token_logits).tolist()
         rows = [self._sampling_row(sequence) for sequence, _ in answers]
-        tokens = sampler.sample(token_logits.nan_to_num(), rows)
+        tokens = sampler.sample(token_logits.nan_to_num() if any(broken) else token_logits, rows)
         for (sequence, of_row), token, is_broken in zip(answers, tokens, broken, strict=True):
             job, choice = self._owners[sequence]
             if job.ended:
                 continue
             if is_broken:
-                job.fail("internal_error", "the model answered NaN; is the adapter or the dtype at fault?")
+                job.fail("internal_error", "the model answered NaN or infinity; is the adapter or the dtype at fault?")
                 continue
             wanted = sequence.params.logprobs
             logprob = None if wanted is None else sampler.logprobs(of_row, token, wanted)
-            self._take_token(job, choice, token, logprob)
+            try:
+                self._take_token(job, choice, token, logprob)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def _take_token(self, job: Job, choice: Choice, token: int, logprob: TokenLogprob | None) -> None:
         params = choice.sequence.params
@@ -294,6 +324,31 @@ class Worker:
         if not alive:
             self._mixes.clear()  # lets go of factors that may be evicted now
             self._stack = FactorStack(())
+            self._unfoldable.clear()
+
+    def _fail(self, sequences: SequenceOf[Sequence], error: Exception) -> None:
+        """Ends the requests of these sequences; raises again what no request can be blamed for."""
+        if is_fatal(error):
+            raise error
+        log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
+        for sequence in sequences:
+            self._owners[sequence][0].fail(*failure(error))
+
+
+def _broken(token_logits: Tensor) -> Tensor:
+    """Which rows [..., vocabulary] hold NaN, which is not less either, or infinity."""
+    return ~(token_logits < torch.inf).all(-1)
+
+
+@contextmanager
+def _optional(otherwise: str) -> Iterator[None]:
+    """What saves work but is not needed may fail, for want of memory say."""
+    try:
+        yield
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        log.warning("%s: %s", otherwise, error)
 
 
 def is_fatal(error: Exception) -> bool:

@@ -173,6 +173,16 @@ class TestRegister:
 
 
 class TestPin:
+    def test_of_what_is_in_memory_waits_for_no_load(self, registry: AdapterRegistry, written: dict[str, Path]):
+        digest = register(registry, written["a"]).digest
+        assert registry.pin_loaded(digest) is None
+        assert registry.status(digest).pins == 0
+        factors = registry.pin(digest)
+        registry.unpin(digest)
+        assert registry.pin_loaded(digest) is factors
+        assert registry.status(digest).pins == 1
+        registry.unpin(digest)
+
     def test_hands_out_the_adapters_factors(self, registry: AdapterRegistry, written: dict[str, Path]):
         digest = register(registry, written["a"]).digest
         pinned, expected = registry.pin(digest), factors(written["a"])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from adapters.errors import InvalidSelection
 from adapters.layers import AdapterFactors
 from adapters.merge import FoldReport
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
@@ -234,6 +235,21 @@ def test_folds_while_all_rows_want_it_and_restores_when_another_joins() -> None:
     end = bench.end("merged")
     assert isinstance(end, FinishedEvent)
     assert end.mode == "switch", "not every step of it ran folded"
+
+
+def test_what_cannot_be_folded_runs_beside_the_weights() -> None:
+    bench = Bench()
+
+    def refuse(selection: object) -> FoldReport:
+        raise InvalidSelection("it overflows")
+
+    bench.merger.fold = refuse  # type: ignore[method-assign]
+    bench.admit("merged", 1, {"sql": 2.0}, mode=Mode.MERGE)
+    bench.run()
+    assert bench.tokens("merged") == [4, 7, 10]
+    end = bench.end("merged")
+    assert isinstance(end, FinishedEvent)
+    assert end.mode == "switch"
 
 
 def test_a_request_that_ran_folded_throughout_says_merge() -> None:
