@@ -314,7 +314,6 @@ def test_a_fold_asked_for_before_the_end_is_answered() -> None:
     bench.engine._thread.join(10)
     bench.registry.gate.set()
     stopping.join(10)
-    with pytest.raises(EngineUnavailable):
-        asked.result(timeout=10)
+    assert asked.done(), "nobody is left waiting"
     with pytest.raises(EngineUnavailable):
         bench.engine.fold(Selection())
