@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.peft_baseline import PeftBaseline
@@ -45,6 +45,7 @@ def measure_throughput(
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
         "max_batch_size": max_batch_size,
         "tokens_per_s": {name: tokens / median_wall(took) for name, took in spent.items()},
+        "cpu_s": {name: median(one.cpu for one in took) for name, took in spent.items()},
         "over_peft_one_by_one": median_ratio(spent["peft_one_by_one"], spent["engine"]),
         "over_peft_by_adapter": median_ratio(spent["peft_by_adapter"], spent["engine"]),
         "answered_as_peft": fmean(answered_as_peft),

@@ -353,7 +353,7 @@ def _optional(otherwise: str) -> Iterator[None]:
 
 def is_fatal(error: Exception) -> bool:
     """A CUDA error leaves the device's state unknown: nothing more can be computed in this process."""
-    return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # not there before PyTorch 2.8
 
 
 def failure(error: Exception) -> tuple[str, str]:
