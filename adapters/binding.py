@@ -1,4 +1,4 @@
-"""May this adapter run on this base model? Its layout answers, and the values of its extras if it has any."""
+"""May this adapter run on this base model, and which of its parameters does it replace?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.errors import BaseModelMismatch, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
 from adapters.layers import AdaptedModel
-from adapters.layout import EMBEDDING_NAMES, MODULE_PREFIX, AdapterLayout, extra_owner
+from adapters.layout import EMBEDDING_NAMES, AdapterLayout, extra_owner
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
 
@@ -66,6 +66,11 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
         raise UnexpectedTensor(
             f"the file holds {spec.key!r}, but the base model has no {owner}.{attribute}", subject=spec.key
         )
+    if not model.can_replace(owner):
+        raise UnsupportedCheckpoint(
+            f"the adapter saves {owner!r}; of saved modules, linear layers, embeddings and norms can be served",
+            subject=spec.key,
+        )
     if tuple(own.shape) != spec.shape:
         resized = owner.rsplit(".", 1)[-1] in EMBEDDING_NAMES
         what = "the vocabulary was resized in training, which" if resized else "another shape"
@@ -75,16 +80,18 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
         )
 
 
-def check_extras(extras: Mapping[str, Tensor], model: AdaptedModel) -> None:
-    """Refuses trained biases and saved modules that differ from the base's own, by UnsupportedCheckpoint.
+def replaced_parameters(extras: Mapping[str, Tensor], model: AdaptedModel) -> dict[str, dict[str, Tensor]]:
+    """The parameters that an adapter's trained biases and saved modules replace, by module and attribute.
 
-    One that equals the base's (PEFT stores `lm_head` unasked when it is a target) changes nothing and is taken.
+    In the base's dtype on its device. Those that equal the base's own (PEFT stores `lm_head` unasked when it is a
+    target) replace nothing and are left out.
     """
+    replaced: dict[str, dict[str, Tensor]] = {}
     for key, tensor in extras.items():
-        own = model.tensor(f"{extra_owner(key)}.{key.rpartition('.')[2]}")
-        if own is None or not torch.equal(tensor.to(own), own):
-            raise UnsupportedCheckpoint(
-                f"the adapter trains {key.removeprefix(MODULE_PREFIX)!r} besides VB-LoRA; trained biases and saved "
-                "modules are counted but cannot be served yet: train with bias='none' and without modules_to_save",
-                subject=key,
-            )
+        owner, attribute = extra_owner(key), key.rpartition(".")[2]
+        own = model.tensor(f"{owner}.{attribute}")
+        assert own is not None, "the layout was checked"
+        values = tensor.to(own)
+        if not torch.equal(values, own):
+            replaced.setdefault(owner, {})[attribute] = values
+    return replaced

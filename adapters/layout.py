@@ -168,7 +168,9 @@ def _depth(config: VBLoRAConfig, part: str) -> tuple[int, str]:
 def called_for(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str]) -> bool:
     """Whether the config's `bias` or `modules_to_save` says that this tensor, outside VB-LoRA, was trained."""
     name = spec.key.removeprefix(MODULE_PREFIX)
-    if any(f".{saved}." in f".{name}" for saved in config.modules_to_save):
+    # PEFT saves a module whose name ends in one of modules_to_save, also in the middle of a word, and all it contains.
+    holders = [name[:dot] for dot, character in enumerate(name) if character == "."]
+    if any(holder.endswith(config.modules_to_save) for holder in holders):
         return True
     if name != "bias" and not name.endswith(".bias"):
         return False

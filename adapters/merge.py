@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from adapters.compose import delta
 from adapters.errors import InvalidSelection
-from adapters.layers import AdaptedModel, AdapterFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import AdapterFactors
+from adapters.replacements import blended
 from adapters.targets import is_conv1d
+
+_Place = tuple[str, str]  # a module's name and the attribute of its parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +35,14 @@ class FoldReport:
 class Merger:
     """Keeps one base model either pristine or folded with one selection.
 
-    Pristine weights of the layers that a fold touches are copied to host memory, when they are first touched.
-    A tied weight is given storage of its own for as long as it is folded: an adapter on `lm_head` must not change the
-    input embeddings.
+    Pristine parameters that a fold touches are copied to host memory, when they are first touched. A tied weight is
+    given storage of its own for as long as it is folded: an adapter on `lm_head` must not change the input embeddings.
     """
 
     def __init__(self, model: AdaptedModel) -> None:
         self._model = model
         self._pristine = model.pristine
-        self._folded: dict[str, Tensor] = {}  # the layer's own storage, aside while another is folded in
+        self._folded: dict[_Place, Tensor] = {}  # the module's own parameter, aside while another is folded in
         uses = Counter(id(p) for module in model.model.modules() for p in module.parameters(recurse=False))
         self._tied = frozenset(parameter for parameter, count in uses.items() if count > 1)
 
@@ -48,62 +51,79 @@ class Merger:
         return bool(self._folded)
 
     def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
-        """Replaces the weights of every layer that `selection` adapts by `W + Σ weight · delta`.
+        """Replaces every parameter that `selection` changes: weights by `W + Σ weight · delta`, and those it replaces.
 
         Whatever was folded before is restored first. Returns the rounding error of the fold. Raises InvalidSelection,
-        with the pristine weights in place, when a layer is quantized or a folded weight overflows its dtype.
+        with the pristine parameters in place, when a layer is quantized or a folded weight overflows its dtype.
         """
         self.restore()
         worst, worst_layer = 0.0, None
         try:
-            for name in dict.fromkeys(name for adapter, _ in selection for name in adapter.layers):
-                error = self._fold_layer(name, _weighted_delta(self._model, selection, name))
-                if error >= worst:
-                    worst, worst_layer = error, name
+            for place in _changed_places(selection):
+                error = self._fold_parameter(place, selection)
+                if error is not None and error >= worst:
+                    worst, worst_layer = error, place[0]
         except BaseException:
             self.restore()
             raise
         return FoldReport(worst, worst_layer)
 
     def restore(self) -> None:
-        """Puts every folded layer's own weight back. Bit-exact; does nothing when nothing is folded."""
-        for name, weight in self._folded.items():
-            weight.data.copy_(self._pristine[name])
-            _set_weight(self._model.base_layer(name), weight)
+        """Puts every folded parameter's own value back. Bit-exact; does nothing when nothing is folded."""
+        for (name, attribute), parameter in self._folded.items():
+            parameter.data.copy_(self._pristine[f"{name}.{attribute}"])
+            self._model.base_layer(name)._parameters[attribute] = parameter  # type: ignore[assignment]
         self._folded.clear()
 
-    def _fold_layer(self, name: str, change: Tensor) -> float:
+    @torch.inference_mode()
+    def _fold_parameter(self, place: _Place, selection: Sequence[tuple[AdapterFactors, float]]) -> float | None:
+        """Folds one parameter; the rounding error relative to its delta, None if it has none."""
+        name, attribute = place
         layer = self._model.base_layer(name)
-        own: Tensor = layer.weight  # type: ignore[assignment]
+        own: Tensor = getattr(layer, attribute)
         if not own.is_floating_point():
             raise InvalidSelection(f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it")
-        if name not in self._pristine:
-            self._pristine[name] = own.detach().to("cpu", copy=True)
-        wide = own.detach().float()
-        folded = (wide + change).to(own.dtype)
+        if f"{name}.{attribute}" not in self._pristine:
+            self._pristine[f"{name}.{attribute}"] = own.detach().to("cpu", copy=True)
+        base = blended(own.detach(), _replacing(selection, place))
+        change = _weighted_delta(layer, selection, name) if attribute == "weight" else None
+        folded = base if change is None else (base.float() + change).to(own.dtype)
         if not bool(folded.isfinite().all()):
             raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
-        scale = float(change.norm())
-        error = float((folded.float() - wide - change).norm()) / scale if scale else 0.0
-        self._folded[name] = own
+        error = None
+        if change is not None and (scale := float(change.norm())):
+            error = float((folded.float() - base.float() - change).norm()) / scale
+        self._folded[place] = own
         if id(own) in self._tied:
-            _set_weight(layer, nn.Parameter(folded, requires_grad=False))
+            layer._parameters[attribute] = nn.Parameter(folded, requires_grad=False)
         else:
             own.data.copy_(folded)
         return error
 
 
-@torch.inference_mode()
-def _weighted_delta(model: AdaptedModel, selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> Tensor:
-    """Σ weight · delta in one layer that some adapter adapts, float32, in the layer's own orientation.
+def _changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[_Place]:
+    """Every parameter that some adapter adapts or replaces, each once."""
+    places: dict[_Place, None] = {}
+    for adapter, _ in selection:
+        places.update({(name, "weight"): None for name in adapter.layers})
+        places.update({(name, a): None for name, parameters in adapter.replaced.items() for a in parameters})
+    return list(places)
+
+
+def _replacing(selection: Sequence[tuple[AdapterFactors, float]], place: _Place) -> list[tuple[Tensor, float]]:
+    name, attribute = place
+    parts = [(adapter.replaced.get(name, {}).get(attribute), weight) for adapter, weight in selection]
+    return [(part, weight) for part, weight in parts if part is not None]
+
+
+def _weighted_delta(module: nn.Module, selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> Tensor | None:
+    """Σ weight · delta of one layer, float32, in the layer's own orientation; None if no adapter adapts it.
 
     One layer at a time: the deltas of a whole model in float32 would take up to twice a 16-bit model's memory.
     """
     present = [(adapter.layers[layer], weight) for adapter, weight in selection if layer in adapter.layers]
+    if not present:
+        return None
     a = torch.cat([factors.a for factors, _ in present])  # [R, in]
     b_t = torch.cat([weight * factors.b_t for factors, weight in present])  # [R, out]
-    return delta(a, b_t.T, transposed=is_conv1d(model.base_layer(layer)))
-
-
-def _set_weight(layer: nn.Module, weight: Tensor) -> None:
-    layer._parameters["weight"] = weight  # type: ignore[assignment]
+    return delta(a, b_t.T, transposed=is_conv1d(module))

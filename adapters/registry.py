@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,19 +19,21 @@ from typing import Any
 
 import torch
 
-from adapters.binding import BaseIdentity, check_base_name, check_extras, check_layout
+from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
     AdapterTooLarge,
     AdapterUnavailable,
+    BaseModelMismatch,
     CheckpointError,
     StoreError,
 )
-from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors
+from adapters.layers import AdaptedModel
 from adapters.layout import read_layout
-from adapters.store import AdapterRecord, AdapterStore, digest_of
+from adapters.low_rank import AdapterFactors, LayerFactors
+from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class AdapterRegistry:
         """
         failures = 0
         for tenant, name, version in self._store.all_versions():
-            if (error := self._fault_of(version.digest)) is not None:
+            if (error := self._fault_of(version)) is not None:
                 failures += 1
                 self._fail(version.digest, error)
                 log.warning("adapter %r (tenant %r, %s): %s", name, tenant, version.digest, error.message)
@@ -118,8 +120,10 @@ class AdapterRegistry:
         checkpoint = read_checkpoint(staged)
         warnings = self._check(checkpoint, allow_base_mismatch=allow_base_mismatch)
         compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+        self._check_size(compact)
         earlier = self._digests(tenant, name)
-        record = self._store.publish(tenant, name, staged, describe(checkpoint, warnings), replace=replace)
+        info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch}
+        record = self._store.publish(tenant, name, staged, info, replace=replace)
         with self._changed:
             if self._store.digest_in_use(record.digest):  # else deleted meanwhile
                 live = self._live.setdefault(record.digest, _Live())
@@ -148,6 +152,34 @@ class AdapterRegistry:
             raise AdapterUnavailable(f"the adapter cannot be served: {failure.message}", subject=digest)
         return self._load(digest, live)
 
+    def pin_loaded(self, digest: str) -> AdapterFactors | None:
+        """Like `pin`, of a version whose factors are in memory; None of any other. Never waits for a load."""
+        with self._changed:
+            live = self._live.get(digest)
+            if live is None or live.factors is None:
+                return None
+            self._live.move_to_end(digest)
+            live.pins += 1
+            live.last_used = time.time()
+            return live.factors
+
+    def has_room_for(self, digests: Collection[str]) -> bool:
+        """Whether pinning these now keeps what is pinned within the budget. With nothing else pinned, always."""
+        with self._changed:
+            pinned = {digest: live for digest, live in self._live.items() if live.pins}
+            needed = sum(self._size_of(digest) for digest in set(digests) - pinned.keys())
+            taken = sum(self._size_of(digest) for digest in pinned)
+            return not pinned or taken + needed <= self._budget
+
+    def _size_of(self, digest: str) -> int:
+        """What the factors of a version take, or will take; 0 while it has not been read yet."""
+        live = self._live.get(digest)
+        if live is None:
+            return 0
+        if live.factors is not None:
+            return live.factors.nbytes
+        return 0 if live.compact is None else factor_bytes(live.compact)
+
     def unpin(self, digest: str) -> None:
         """Gives a pin back. Factors that nobody pins may be evicted from then on."""
         with self._changed:
@@ -169,7 +201,7 @@ class AdapterRegistry:
         with self._changed:
             for digest in digests:
                 live = self._live.get(digest)
-                if live is not None and live.pins == 0 and not self._store.digest_in_use(digest):
+                if live is not None and live.pins == 0 and not self._is_stored(digest):
                     del self._live[digest]
 
     def status(self, digest: str) -> AdapterStatus:
@@ -185,13 +217,16 @@ class AdapterRegistry:
             compact = sum(live.compact.nbytes for live in self._live.values() if live.compact)
             return compact, self._factor_bytes()
 
-    def _fault_of(self, digest: str) -> AdapterError | None:
+    def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
-            check_layout(read_layout(self._store.path(digest)), self._model)
+            layout = read_layout(self._store.path(version.digest))
+            if not version.info.get("base_mismatch_allowed"):
+                check_base_name(layout.config.base_model_name_or_path, self._identity)
+            check_layout(layout, self._model)
         except AdapterError as error:
             return error
         except OSError as error:  # one bad file must not keep the server from starting
-            return AdapterUnavailable(f"its files cannot be read: {error}", subject=digest)
+            return AdapterUnavailable(f"its files cannot be read: {error}", subject=version.digest)
         return None
 
     def _digests(self, tenant: str, name: str) -> list[str]:
@@ -201,13 +236,14 @@ class AdapterRegistry:
             return []
 
     def _check(self, checkpoint: TopKCheckpoint | LogitsCheckpoint, *, allow_base_mismatch: bool) -> list[str]:
-        warnings = []
-        if not allow_base_mismatch:
+        try:
             warning = check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
-            warnings += [warning] if warning else []
+        except BaseModelMismatch as error:
+            if not allow_base_mismatch:
+                raise
+            warning = f"taken although {error.message}"
         check_layout(checkpoint.layout, self._model)
-        check_extras(checkpoint.extras, self._model)
-        return warnings
+        return [warning] if warning else []
 
     def _load(self, digest: str, live: _Live) -> AdapterFactors:
         """Composes the factors outside the lock; whoever else wants them waits for `loading` to end."""
@@ -241,24 +277,30 @@ class AdapterRegistry:
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         check_layout(checkpoint.layout, self._model)
-        check_extras(checkpoint.extras, self._model)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
-        size = 4 * compact.layout.parameters().lora_params
-        if size > self._budget:
-            raise AdapterTooLarge(
-                f"the adapter's factors take {size:,} bytes but adapters may take {self._budget:,} in all; "
-                "raise --adapter-memory",
-                subject=digest,
-            )
+        self._check_size(compact)
+        replaced = replaced_parameters(compact.extras, self._model)
         layers = {
             # Copies: views would keep the composition of the whole adapter in memory, uncounted.
             layer.name: LayerFactors(a.to(self._device, copy=True), b_t.to(self._device, copy=True))
             for layer, a, b_t in compact.factors()
         }
-        return AdapterFactors(digest, layers)
+        here = {
+            name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
+            for name, parameters in replaced.items()
+        }
+        return AdapterFactors(digest, layers, here)
+
+    def _check_size(self, compact: TopKCheckpoint) -> None:
+        size = factor_bytes(compact)
+        if size > self._budget:
+            raise AdapterTooLarge(
+                f"the adapter takes {size:,} bytes when it is used, but adapters may take {self._budget:,} in all; "
+                "raise --adapter-memory"
+            )
 
     def _factor_bytes(self) -> int:
         return sum(live.factors.nbytes for live in self._live.values() if live.factors)
@@ -276,6 +318,12 @@ class AdapterRegistry:
     def _fail(self, digest: str, error: AdapterError) -> None:
         with self._changed:
             self._live.setdefault(digest, _Live()).failure = error
+
+
+def factor_bytes(compact: TopKCheckpoint) -> int:
+    """What an adapter takes at most when it is composed: its factors in float32, and the parameters it replaces."""
+    extras = sum(tensor.nbytes for tensor in compact.extras.values())
+    return 4 * compact.layout.parameters().lora_params + extras
 
 
 def describe(checkpoint: TopKCheckpoint | LogitsCheckpoint, warnings: list[str]) -> Mapping[str, Any]:

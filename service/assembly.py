@@ -18,7 +18,7 @@ from adapters.store import AdapterStore, digest_of
 from service.api.deps import ApiSettings, BaseInfo, ServerState
 from service.api.sources import OPTIONAL_FILES, REQUIRED_FILES
 from service.engine.base_model import LoadedBase, identify, load_base
-from service.engine.build import build_engine
+from service.engine.build import EngineOptions, build_engine
 from service.engine.seam import Engine
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
@@ -67,9 +67,15 @@ def build_server(settings: Settings) -> Server:
         engine = build_engine(
             base,
             registry,
-            max_batch_size=settings.max_batch_size,
-            max_queue=settings.max_queue,
-            max_context=settings.max_context,
+            EngineOptions(
+                max_batch_size=settings.max_batch_size,
+                max_queue=settings.max_queue,
+                max_context=settings.max_context,
+                kv_memory=settings.kv_memory,
+                prefill_tokens=settings.prefill_tokens,
+                prefix_cache=settings.prefix_cache,
+                auto_merge=settings.auto_merge,
+            ),
         ).start()
         opened.callback(engine.stop)
         state = ServerState(
@@ -78,7 +84,7 @@ def build_server(settings: Settings) -> Server:
             registry=registry,
             engine=engine,
             tokenizer=base.tokenizer,
-            base=_base_info(base),
+            base=_base_info(base, engine.kv_backend),
             metrics=PrometheusMetrics(engine, registry, store),
         )
         return Server(state, opened.pop_all())
@@ -136,9 +142,8 @@ def _load_base(settings: Settings) -> LoadedBase:
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
     )
-    info = _base_info(base)
-    facts = {"model": info.id, "parameters": info.parameters, "dtype": info.dtype, "device": info.device}
-    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": info.fingerprint})
+    facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
+    log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
     return base
 
 
@@ -155,7 +160,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
     )
 
 
-def _base_info(base: LoadedBase) -> BaseInfo:
+def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:
     return BaseInfo(
         id=base.id,
         model_type=base.model_type,
@@ -165,4 +170,5 @@ def _base_info(base: LoadedBase) -> BaseInfo:
         fingerprint=base.fingerprint,
         modules=base.modules,
         created=base.created,
+        kv_backend=kv_backend,
     )

@@ -94,6 +94,12 @@ class Settings:
     max_context: int = _setting(
         whole(0), 0, "Most tokens of a request, prompt and output together. 0: the model's limit."
     )
+    kv_memory: int = _setting(BYTES, 2 << 30, "Memory for keys and values: of running rows, and of prefixes kept.")
+    prefill_tokens: int = _setting(whole(1), 512, "Prompt tokens run in one step: prompts must not stall decoding.")
+    prefix_cache: bool = _setting(BOOLEAN, True, "Whether keys and values of prompts that began alike are reused.")
+    auto_merge: bool = _setting(
+        BOOLEAN, False, "Fold a selection into the base unasked, when all work is its alone for long enough to pay."
+    )
     max_upload: int = _setting(BYTES, 256 << 20, "The largest upload of an adapter.")
     upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
     request_timeout_s: float = _setting(SECONDS, 300.0, "How long a generation may take, waiting included.")

@@ -8,45 +8,65 @@ import torch
 from torch import Tensor
 
 from adapters.layers import LowRankBatch
+from service.engine.kv.backend import Blocks
 
 VOCABULARY = 50
+TOKEN_BYTES = 16  # of a block: a token's id as its key and as its value
 
 
 class FakeRunner:
-    """Answers the last token plus 1, plus the row's weights of the adapters present, each times its place.
+    """Answers the last token plus 1, plus the row's weights of the adapters present.
 
-    So the base counts 5, 6, 7 …, and a row that got another row's adapter is off by a visible step.
-    `failing_token` makes a forward raise that is given it; `nan_token` makes its row NaN.
+    So the base counts 5, 6, 7 …, and a row that got another row's adapter is off by a visible step. What a real runner
+    would hold as keys and values it holds as the tokens themselves: `texts` are its rows, and blocks carry tokens.
+    `failing_token` makes a forward raise that is given it; `nan_token` makes its row NaN; `room` bounds the bytes of
+    rows, of which a token takes `TOKEN_BYTES`.
     """
 
+    ragged = True
+
     def __init__(self) -> None:
-        self.forwards: list[tuple[str, int]] = []
+        self.forwards: list[list[int]] = []  # tokens per row, for each forward that was tried
+        self.texts: list[list[int]] = []
         self.failing_token: int | None = None
         self.nan_token: int | None = None
-        self._rows = 0
+        self.room: int | None = None
 
     @property
     def rows(self) -> int:
-        return self._rows
+        return len(self.texts)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor:
-        self.forwards.append(("prefill", len(prompts)))
-        token_logits = self._token_logits([prompt[-1] for prompt in prompts], batch)
-        self._rows += len(prompts)
+    def spare(self, lengths: Sequence[int]) -> int:
+        room = 1 << 40 if self.room is None else self.room
+        return room - len(lengths) * max(lengths, default=0) * TOKEN_BYTES
+
+    def add(self, rows: int) -> None:
+        self.texts += [[] for _ in range(rows)]
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor:
+        assert len(set(rows)) == len(rows) == len(tokens)
+        assert all(row < len(self.texts) for row in rows), "the scheduler and the runner disagree about the rows"
+        self.forwards.append([len(of_row) for of_row in tokens])
+        assert self.ragged or len(set(self.forwards[-1])) == 1
+        token_logits = self._token_logits([of_row[-1] for of_row in tokens], batch)
+        if any(self.failing_token in of_row for of_row in tokens):
+            raise RuntimeError("the forward failed, as it was told to")
+        for row, of_row in zip(rows, tokens, strict=True):
+            self.texts[row] += of_row
         return token_logits
 
-    def decode(self, tokens: Sequence[int], batch: LowRankBatch | None) -> Tensor:
-        assert len(tokens) == self._rows, "the scheduler and the runner disagree about the rows"
-        self.forwards.append(("decode", len(tokens)))
-        return self._token_logits(tokens, batch)
-
     def keep(self, rows: Sequence[int]) -> None:
-        assert all(row < self._rows for row in rows)
-        self._rows = len(rows)
+        self.texts = [self.texts[row] for row in rows]
+
+    def read(self, row: int, start: int, end: int) -> Blocks:
+        tokens = torch.tensor(self.texts[row][start:end]).reshape(1, -1, 1)
+        assert tokens.numel() == end - start
+        return [(tokens, tokens)]
+
+    def write(self, row: int, blocks: Blocks) -> None:
+        self.texts[row] += blocks[0][0].flatten().tolist()
 
     def _token_logits(self, tokens: Sequence[int], batch: LowRankBatch | None) -> Tensor:
-        if self.failing_token in tokens:
-            raise RuntimeError("the forward failed, as it was told to")
         token_logits = torch.zeros(len(tokens), VOCABULARY)
         for row, token in enumerate(tokens):
             step = 1 + (0 if batch is None else int(batch.weights[row].sum().item()))

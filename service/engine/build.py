@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
+from service.engine.auto_merge import AutoMerge
 from service.engine.base_model import BaseModelError, LoadedBase
 from service.engine.engine import BatchEngine, EngineLimits
-from service.engine.model_runner import TransformersRunner, batching_is_exact
+from service.engine.prefix_cache import PrefixCache
+from service.engine.scheduler import Limits
+from service.engine.self_test import choose_runner
 from service.engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
 
-def build_engine(
-    base: LoadedBase,
-    registry: AdapterRegistry,
-    *,
-    max_batch_size: int = 16,
-    max_queue: int = 256,
-    max_context: int = 0,
-) -> BatchEngine:
-    """An engine that has not been started. `max_context` 0 is the model's own limit, which it may not exceed.
+_RESERVED_SHARE = 8  # of every so many rows, one more is held in reserve
 
-    Tests first whether rows of different lengths come out the same batched and alone; an architecture that
-    cannot be batched that way is run one row at a time. Raises BaseModelError for a context longer than the model's.
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The engine's settings. `max_context` 0 is the model's own limit; `kv_memory` is in bytes."""
+
+    max_batch_size: int = 16
+    max_queue: int = 256
+    max_context: int = 0
+    kv_memory: int = 2 << 30
+    prefill_tokens: int = 512
+    prefix_cache: bool = True
+    auto_merge: bool = False
+
+
+def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOptions | None = None) -> BatchEngine:
+    """An engine that has not been started. Tests first which key-value backend is right for the model.
+
+    Raises BaseModelError for a context longer than the model's.
     """
-    if max_context > base.context:
-        raise BaseModelError(f"max_context is {max_context} but the model's context is {base.context}; lower it")
-    runner = TransformersRunner(base.adapted, base.device)
-    if max_batch_size > 1 and not batching_is_exact(runner, base.vocabulary):
-        log.warning("%s models answer differently in padded batches: running one row at a time", base.model_type)
-        max_batch_size = 1
-    worker = Worker(runner, Merger(base.adapted), max_batch_size, base.eos_token_ids)
-    limits = EngineLimits(max_context or base.context, base.vocabulary, max_queue)
-    return BatchEngine(worker, registry, base.tokenizer, limits)
+    options = options or EngineOptions()
+    if options.max_context > base.context:
+        raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
+    runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory)
+    log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
+    worker = Worker(
+        runner,
+        Merger(base.adapted),
+        _limits(options) if batches else Limits.solo(),
+        base.eos_token_ids,
+        # Half of the memory at most: what rows need comes first, and shrinks the cache when it must.
+        PrefixCache(options.kv_memory // 2) if options.prefix_cache and batches else None,
+        AutoMerge() if options.auto_merge else None,
+    )
+    limits = EngineLimits(options.max_context or base.context, base.vocabulary, options.max_queue)
+    return BatchEngine(worker, registry, base.tokenizer, limits, kv_backend=runner.kv.name if batches else "solo")
+
+
+def _limits(options: EngineOptions) -> Limits:
+    reserve = max(1, options.max_batch_size // _RESERVED_SHARE)
+    return Limits(options.max_batch_size, reserve, options.prefill_tokens)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from adapters.layers import AdapterFactors
+from adapters.low_rank import AdapterFactors
 from adapters.merge import FoldReport
 from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
@@ -45,7 +45,16 @@ class EngineLimits:
 class BatchEngine:
     """Implements `service.engine.seam.Engine` over a Worker and a registry."""
 
-    def __init__(self, worker: Worker, registry: AdapterRegistry, decoder: Decoder, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        registry: AdapterRegistry,
+        decoder: Decoder,
+        limits: EngineLimits,
+        *,
+        kv_backend: str | None = None,
+    ) -> None:
+        self.kv_backend = kv_backend
         self._worker = worker
         self._registry = registry
         self._decoder = decoder
@@ -54,6 +63,7 @@ class BatchEngine:
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="vblora-loader")
         self._changed = threading.Condition()  # guards _jobs and _state
         self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
+        self._parked: list[Job] = []  # accepted, waiting for memory for their adapters
         self._folds: set[Future[FoldReport]] = set()  # asked for and not answered
         self._state = EngineState.READY
         self._stopping = threading.Lock()
@@ -88,7 +98,10 @@ class BatchEngine:
                     retry_after_s=_RETRY_AFTER_S,
                 )
             self._jobs[request.request_id] = job
-            self._loaders.submit(self._load, job)
+            if not self._take_loaded(job):
+                self._loaders.submit(self._load, job)
+            if job.deadline is not None:
+                self._inbox.put(lambda: None)  # the engine's thread may be asleep with no deadline to wake it
 
     def cancel(self, request_id: str) -> None:
         self._inbox.put(lambda: self._cancel(request_id))
@@ -114,6 +127,8 @@ class BatchEngine:
             prompt_tokens=self._worker.prompt_tokens,
             completion_tokens=self._worker.completion_tokens,
             folds=self._worker.folds,
+            prefix_tokens=self._worker.prefix_tokens,
+            prefix_bytes=self._worker.prefix_bytes,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -131,8 +146,8 @@ class BatchEngine:
             if self._thread.is_alive():
                 self._thread.join()
             self._loaders.shutdown(wait=True)
-            self._run_commands()  # what the loaders handed over last, so that its pins are given back
             self._fail_all("the server stopped before the request was finished")
+            self._run_commands()  # what the loaders handed over last, so that its pins are given back
 
     def _queued(self) -> int:
         """Choices accepted and not yet running."""
@@ -148,17 +163,46 @@ class BatchEngine:
                 f"than the context of {context}; shorten the prompt or ask for fewer tokens",
                 param="prompt",
             )
+        longest = prompt + request.params.max_new_tokens
+        if not self._worker.can_ever_run(longest):
+            raise InvalidRequest(
+                f"keys and values of {longest} tokens take more memory than --kv-memory allows; shorten the prompt or "
+                "ask for fewer tokens",
+                param="prompt",
+            )
         if not all(0 <= token < self._limits.vocabulary for token in request.prompt_ids):
             raise InvalidRequest(
                 f"the prompt holds a token id outside the vocabulary (0 to {self._limits.vocabulary - 1})",
                 param="prompt",
             )
 
+    def _take_loaded(self, job: Job) -> bool:
+        """Hands a job over whose adapters are all in memory: it need not wait behind those that are being loaded."""
+        pinned: list[AdapterFactors] = []
+        for adapter in job.request.selection.adapters:
+            factors = self._registry.pin_loaded(adapter.digest)
+            if factors is None:
+                if pinned:
+                    self._unpin(tuple(pinned))
+                return False
+            pinned.append(factors)
+        job.factors = tuple(pinned)
+        self._inbox.put(lambda: self._admit(job))
+        return True
+
     # --- on a loader's thread ---------------------------------------------------------------------
 
     def _load(self, job: Job) -> None:
+        if job.ended:
+            return
+        with self._changed:
+            if not self._registry.has_room_for([adapter.digest for adapter in job.request.selection.adapters]):
+                self._parked.append(job)  # until another request gives its pins back
+                return
         try:
-            job.factors = self._pin(job.request.selection)
+            factors = self._pin(job.request.selection)
+            with self._changed:
+                job.factors = factors
         except Exception as error:
             code, message = failure(error)
             log.warning("request %s: %s", job.request.request_id, error)
@@ -188,6 +232,11 @@ class BatchEngine:
     def _unpin(self, factors: tuple[AdapterFactors, ...]) -> None:
         for adapter in factors:
             self._registry.unpin(adapter.digest)
+        with self._changed:
+            parked, self._parked = self._parked, []
+            if self._state in (EngineState.READY, EngineState.DRAINING):
+                for waiting in parked:
+                    self._loaders.submit(self._load, waiting)
 
     # --- on the model's thread --------------------------------------------------------------------
 
@@ -204,10 +253,17 @@ class BatchEngine:
             self._fail_all("the engine failed; the server must be restarted")
 
     def _take_in(self) -> None:
-        """Runs the commands that have come in; with nothing else to do, waits for one."""
+        """Runs the commands that have come in; with nothing else to do, waits for one or for a deadline."""
         if not self._worker.has_work:
-            self._inbox.get()()
+            with suppress(Empty):
+                self._inbox.get(timeout=self._first_deadline())()
         self._run_commands()
+
+    def _first_deadline(self) -> float | None:
+        """Seconds until it; None if no request has one."""
+        with self._changed:
+            deadlines = [job.deadline for job in self._jobs.values() if job.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _run_commands(self) -> None:
         with suppress(Empty):
@@ -261,7 +317,8 @@ class BatchEngine:
         self._release(job)
 
     def _release(self, job: Job) -> None:
-        factors, job.factors = job.factors, ()
+        with self._changed:  # a loader may be setting them
+            factors, job.factors = job.factors, ()
         self._unpin(factors)
 
     def _fail_all(self, message: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.layers import AdapterFactors
+from adapters.low_rank import AdapterFactors
 from service.engine.detokenizer import Decoder, TextStream
 from service.engine.events import (
     Event,

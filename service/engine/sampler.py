@@ -58,7 +58,10 @@ def _penalised(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
 
 
 def _draw(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
-    """Inverse-CDF sampling over the tokens that top-k, top-p and min-p leave, likeliest first."""
+    """Inverse-CDF sampling over the tokens that top-k, top-p and min-p leave.
+
+    In the order of the vocabulary: by likelihood, tokens nearly alike would change places with the batch's rounding.
+    """
     column = [[row.params.temperature, row.params.top_p, row.params.min_p] for row in rows]
     temperature, top_p, min_p = torch.tensor(column, dtype=torch.float32).T.unsqueeze(-1)  # [rows, 1] each
     # Shifted first, and never divided by 0, so that a tiny temperature overflows to -inf and not to NaN.
@@ -71,12 +74,11 @@ def _draw(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     before = probabilities.cumsum(-1) - probabilities
     # The likeliest token always stays: before[0] is 0 and top_p > 0.
     kept = (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
-    cumulative = probabilities.where(kept, 0.0).double().cumsum(-1)
+    in_order = torch.zeros_like(probabilities).scatter(-1, order, probabilities.where(kept, 0.0))
+    cumulative = in_order.double().cumsum(-1)
     uniform = torch.tensor([[_uniform(row.generator)] for row in rows], dtype=torch.float64)
     threshold = uniform * cumulative[:, -1:]
-    position = torch.searchsorted(cumulative, threshold, right=True).clamp_max(vocabulary - 1)
-    chosen: Tensor = order.gather(-1, position).squeeze(-1)
-    return chosen
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_max(vocabulary - 1).squeeze(-1)
 
 
 def _uniform(generator: torch.Generator) -> float:

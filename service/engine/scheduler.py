@@ -1,26 +1,60 @@
-"""What the next step runs. Pure policy: no torch, no clock, no threads."""
+"""What the next step runs. Pure policy: no torch, no clock, no threads.
+
+    prefill the prompts of those that joined, a few tokens each step; then decode everyone else
+
+Fairness is by selection: each has a virtual time, the tokens it has been served, and the next to join is of the one
+served least. A flood for one adapter may not keep another's lone request waiting, so beside the batch a few rows are
+held in reserve for selections that have no row yet.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from service.engine.selection import Mode, Selection
 from service.engine.sequence import Sequence, SequenceStatus
 
+Lengths = SequenceOf[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`max_batch_size` rows, and beside them `reserve` for selections without one; `prefill_tokens` in one step."""
+
+    max_batch_size: int = 16
+    reserve: int = 0
+    prefill_tokens: int = 512
+
+    @classmethod
+    def solo(cls) -> Limits:
+        """For models that must be run one row at a time, with whole prompts."""
+        return cls(max_batch_size=1, prefill_tokens=sys.maxsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `tokens` of a sequence's prompt."""
+
+    sequence: Sequence
+    tokens: SequenceOf[int]
+
 
 class Scheduler:
-    """Waiting and running sequences. First come, first served, up to `max_batch_size` running at a time."""
+    """Waiting and running sequences."""
 
-    def __init__(self, max_batch_size: int) -> None:
-        assert max_batch_size >= 1
-        self._max_batch_size = max_batch_size
-        self._waiting: deque[Sequence] = deque()
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._waiting: dict[Hashable, deque[Sequence]] = {}  # by share, first come first
         self._running: list[Sequence] = []
+        self._served: dict[Hashable, float] = {}  # virtual times of the shares that wait or run
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> list[Sequence]:
@@ -28,40 +62,109 @@ class Scheduler:
         return list(self._running)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self._running if not sequence.is_prefilling]
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._running
-        yield from self._waiting
+        for queue in self._waiting.values():
+            yield from queue
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        self._waiting.extend(sequences)
+        for sequence in sequences:
+            # A share that was idle starts level with the one served least: it has no claim on the past.
+            self._served.setdefault(sequence.share, min(self._served.values(), default=0.0))
+            self._waiting.setdefault(sequence.share, deque()).append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences into the batch while there is room; returns those, whose prompts are to be run."""
-        admitted = []
-        while self._waiting and len(self._running) < self._max_batch_size:
-            sequence = self._waiting.popleft()
-            sequence.status = SequenceStatus.RUNNING
-            self._running.append(sequence)
+    def admit(
+        self, fits: Callable[[Lengths], bool], ready: Callable[[Sequence], bool] = lambda _: True
+    ) -> list[Sequence]:
+        """Moves waiting sequences into the batch, those of the share served least first; returns them.
+
+        `fits` says whether rows of these final lengths fit the memory; `ready` may hold a sequence back for now. While
+        a share's turn does not fit, no later one overtakes it, so that a long prompt cannot starve.
+        """
+        admitted: list[Sequence] = []
+        while (sequence := self._next(ready)) is not None:
+            lengths = [each.final_length for each in (*self._running, sequence)]
+            if not fits(lengths) and self._running:
+                break
+            self._start(sequence)
             admitted.append(sequence)
         return admitted
 
+    def prefill(self) -> list[Chunk]:
+        """The prompt tokens to run in this step, within the budget, for the shares served least first."""
+        room = self._limits.prefill_tokens
+        chunks = []
+        for sequence in sorted((s for s in self._running if s.is_prefilling), key=lambda s: self._served[s.share]):
+            if room <= 0:
+                break
+            rest = sequence.request.prompt_ids[sequence.prefilled :]
+            tokens = rest[:room]
+            room -= len(tokens)
+            chunks.append(Chunk(sequence, tokens))
+        return chunks
+
+    def charge(self, sequence: Sequence, tokens: int) -> None:
+        """Counts tokens run for a sequence against its share."""
+        self._served[sequence.share] += tokens
+
     def remove_finished(self) -> list[int] | None:
-        """Forgets finished sequences. Returns the rows that stay in the batch, None when all do."""
-        self._waiting = deque(s for s in self._waiting if s.status is not SequenceStatus.FINISHED)
-        rows = [row for row, s in enumerate(self._running) if s.status is not SequenceStatus.FINISHED]
-        if len(rows) == len(self._running):
-            return None
-        self._running = [self._running[row] for row in rows]
-        return rows
+        """Forgets finished sequences. Returns the rows that stay, in their new order; None when all stay in place.
+
+        The last rows move into the gaps, so that few rows are copied.
+        """
+        for share, queue in list(self._waiting.items()):
+            self._waiting[share] = deque(s for s in queue if s.status is not SequenceStatus.FINISHED)
+            if not self._waiting[share]:
+                del self._waiting[share]
+        alive = [row for row, s in enumerate(self._running) if s.status is not SequenceStatus.FINISHED]
+        order = None
+        if len(alive) < len(self._running):
+            order = _compacted(alive)
+            self._running = [self._running[row] for row in order]
+        shares = {sequence.share for sequence in self._running} | self._waiting.keys()
+        self._served = {share: served for share, served in self._served.items() if share in shares}
+        return order
+
+    def _next(self, ready: Callable[[Sequence], bool]) -> Sequence | None:
+        """The first of the share served least, among those that are ready and that there is a row for."""
+        room = self._limits.max_batch_size - len(self._running)
+        present = {sequence.share for sequence in self._running}
+        for share in sorted(self._waiting, key=lambda share: self._served[share]):
+            sequence = self._waiting[share][0]
+            if room + (0 if share in present else self._limits.reserve) > 0 and ready(sequence):
+                return sequence
+        return None
+
+    def _start(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.share]
+        queue.popleft()
+        if not queue:
+            del self._waiting[sequence.share]
+        sequence.status = SequenceStatus.RUNNING
+        self._running.append(sequence)
+        # The whole prompt at once, so that the next admission in this step is already weighed against it.
+        self.charge(sequence, len(sequence.request.prompt_ids))
 
 
-def foldable(sequences: Iterable[Sequence]) -> Selection | None:
-    """The selection that all of these run with, if it is one that asked to be merged; else None."""
+def _compacted(alive: list[int]) -> list[int]:
+    """The rows that stay, each in its place if it can, the last ones filling the gaps."""
+    places = range(len(alive))
+    movers = [row for row in alive if row >= len(alive)]
+    return [row if row in set(alive) else movers.pop() for row in places]
+
+
+def foldable(sequences: Iterable[Sequence], *, automatic: bool = False) -> Selection | None:
+    """The selection that all of these run with, if it asked to be merged; `automatic`: even if it did not."""
     selections = {(s.selection.key, s.selection.mode): s.selection for s in sequences}
-    if len(selections) != 1:
+    keys = {key for key, _ in selections}
+    if len(keys) != 1 or (len(selections) != 1 and not automatic):
         return None
     selection = next(iter(selections.values()))
-    return selection if selection.mode is Mode.MERGE and not selection.is_base else None
+    return selection if (automatic or selection.mode is Mode.MERGE) and not selection.is_base else None

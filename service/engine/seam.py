@@ -24,7 +24,10 @@ class EngineState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One moment of the engine: choices waiting and running, adapters in the batch, tokens since start, folds."""
+    """One moment of the engine: choices waiting and running, adapters in the batch, tokens and folds since start.
+
+    `prompt_tokens` were run, `prefix_tokens` found in the prefix cache, which holds `prefix_bytes`.
+    """
 
     waiting: int
     running: int
@@ -32,6 +35,8 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     folds: int
+    prefix_tokens: int = 0
+    prefix_bytes: int = 0
 
 
 class Engine(Protocol):

@@ -111,5 +111,7 @@ def _check_blend(adapters: Sequence[WeightedName]) -> None:
             )
         if not abs(adapter.weight) <= MAX_WEIGHT:
             raise InvalidSelection(
-                f"the weight of {adapter.name!r} must be between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}", subject="adapters"
+                f"the weight of {adapter.name!r} is {adapter.weight:g}; it must be between {-MAX_WEIGHT:g} and "
+                f"{MAX_WEIGHT:g}",
+                subject="adapters",
             )

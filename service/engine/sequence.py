@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -64,6 +65,7 @@ class Sequence:
     choice: int
     status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
+    prefilled: int = 0  # tokens of the prompt that have been run, or found in the prefix cache
 
     @property
     def params(self) -> SamplingParams:
@@ -74,9 +76,23 @@ class Sequence:
         return self.request.selection
 
     @property
-    def length(self) -> int:
-        """Tokens so far, prompt included."""
-        return len(self.request.prompt_ids) + len(self.output_ids)
+    def is_prefilling(self) -> bool:
+        return self.prefilled < len(self.request.prompt_ids)
+
+    @property
+    def final_length(self) -> int:
+        """The most tokens that it may come to, prompt included: what memory is reserved for."""
+        return len(self.request.prompt_ids) + self.params.max_new_tokens
+
+    @property
+    def share(self) -> Hashable:
+        """Whom its service is charged to: requests of one tenant for the same adapters share."""
+        return self.request.tenant, tuple(digest for digest, _ in self.selection.key)
+
+    @property
+    def prefix_owner(self) -> Hashable:
+        """What a key-value state depends on besides its tokens. A folded selection rounds differently in 16 bit."""
+        return self.request.tenant, self.selection.key, self.selection.mode
 
     @property
     def last_token(self) -> int:

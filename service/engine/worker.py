@@ -1,52 +1,71 @@
 """What happens on the model's thread: jobs join the batch, take steps together, and leave it.
 
-A step reads: one more token of every running row → admit what waits → run its prompts. Before either forward the base
-weights are folded or restored as the rows ask. The worker has no thread of its own and no lock: whoever calls it owns
-the model.
+    admit what there is room for → fold or restore the base weights, as the rows ask
+        → run a part of their prompts → decode one token of everyone else
+
+The worker has no thread of its own and no lock: whoever calls it owns the model. What goes wrong with one request ends
+that request; only an error that leaves the device's state unknown leaves `step`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters.errors import AdapterError
-from adapters.layers import AdapterFactors, LowRankBatch
+from adapters.low_rank import AdapterFactors, FactorStack, LowRankBatch
 from adapters.merge import FoldReport, Merger
 from service.engine import sampler
+from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason, TokenLogprob
 from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
+from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
-from service.engine.scheduler import Scheduler, foldable
+from service.engine.scheduler import Chunk, Limits, Scheduler, foldable
 from service.engine.selection import Selection
-from service.engine.sequence import Sequence
+from service.engine.sequence import Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[LowRankBatch | None], Tensor]
-Mix = tuple[tuple[tuple[str, float], ...], ...]  # the selection key of every row
+_MIXES_KEPT = 4
+_SPARE_ADAPTERS = 4  # that a stack may hold beside those in use, rather than be made anew
+
+Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
 
 
 class Worker:
     """The running batch over one model."""
 
     def __init__(
-        self, runner: ModelRunner, merger: Merger, max_batch_size: int, eos_token_ids: frozenset[int] = frozenset()
+        self,
+        runner: ModelRunner,
+        merger: Merger,
+        limits: Limits,
+        eos_token_ids: frozenset[int] = frozenset(),
+        prefixes: PrefixCache | None = None,
+        auto_merge: AutoMerge | None = None,
     ) -> None:
         self._runner = runner
         self._merger = merger
-        self._scheduler = Scheduler(max_batch_size)
+        self._scheduler = Scheduler(limits)
         self._eos = eos_token_ids
+        self._prefixes = prefixes
+        self._auto_merge = auto_merge
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._folded: Selection | None = None
-        self._mix: tuple[Mix, LowRankBatch | None] = ((), None)
+        self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
+        self._stack = FactorStack(())
         self._unfoldable: set[object] = set()
-        self.prompt_tokens = self.completion_tokens = self.folds = 0
+        self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = 0
 
     @property
     def has_work(self) -> bool:
@@ -56,6 +75,14 @@ class Worker:
     def running(self) -> list[Sequence]:
         return self._scheduler.running
 
+    @property
+    def prefix_bytes(self) -> int:
+        return 0 if self._prefixes is None else self._prefixes.nbytes
+
+    def can_ever_run(self, length: int) -> bool:
+        """Whether a row may grow to this length when it has all the memory to itself. From any thread."""
+        return self._runner.spare([length]) >= 0
+
     def admit(self, job: Job) -> None:
         """Takes a job whose adapters are loaded. Its choices wait for room in the batch."""
         for choice in job.choices:
@@ -63,64 +90,170 @@ class Worker:
         self._scheduler.add(job.sequences)
 
     def step(self) -> None:
-        """One token for every running row, and the first one for the rows that join."""
+        """A part of the prompts of those that joined, and one token of every other row."""
         self._drop_finished()
-        if decoding := self._scheduler.running:
-            self._run(decoding, lambda batch: self._runner.decode([s.last_token for s in decoding], batch))
-            self._drop_finished()
-        if joining := self._scheduler.admit():
-            self._run(joining, lambda batch: self._runner.prefill([s.request.prompt_ids for s in joining], batch))
-            self.prompt_tokens += sum(len(s.request.prompt_ids) for s in joining)
+        self._join()
+        self._fold_or_restore()
+        decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
+        self._prefill()
+        self._drop_finished()
+        self._decode([sequence for sequence in decoding if sequence.status is SequenceStatus.RUNNING])
         self._drop_finished()
 
     def fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> FoldReport:
         """Folds a selection into the base weights now. The next step restores them if its rows want something else."""
+        began = time.perf_counter()
         weights = [adapter.weight for adapter in selection.adapters]
         self._folded = None  # what was folded is restored first, also when the fold fails
         report = self._merger.fold(list(zip(factors, weights, strict=True)))
         self._folded = selection
         self.folds += 1
+        if self._auto_merge is not None:
+            self._auto_merge.folded_in(time.perf_counter() - began)
         return report
 
-    def _run(self, sequences: list[Sequence], forward: Forward) -> None:
-        """One forward over some rows, then one token for each. If it raises, those rows' requests fail."""
-        self._fold_or_restore()
-        folded = self._folded is not None
-        for sequence in sequences:
-            self._owners[sequence][0].mark_step(folded=folded)
-        try:
-            token_logits = forward(None if folded else self._low_rank(sequences))
-        except Exception as error:
-            log.exception("a forward over %d rows failed", len(sequences))
-            code, message = failure(error)
-            for sequence in sequences:
-                self._owners[sequence][0].fail(code, message)
+    # --- joining ----------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        joining = self._scheduler.admit(self._fits, self._is_ready)
+        if not joining:
             return
-        self._take_tokens(sequences, token_logits)
+        first = self._runner.rows
+        try:
+            self._runner.add(len(joining))
+        except Exception as error:
+            self._fail(joining, error)
+            self._drop_finished()
+            return
+        for row, sequence in enumerate(joining, first):
+            self._take_prefix(row, sequence)
+
+    def _fits(self, lengths: SequenceOf[int]) -> bool:
+        """Whether rows of these lengths fit; cached prefixes make room for them."""
+        spare = self._runner.spare(lengths)
+        if self._prefixes is not None and spare >= 0:
+            self._prefixes.shrink_to(spare)
+        return spare >= 0
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        """Not while a row is just running a beginning that this one could take from the cache afterwards."""
+        if self._prefixes is None:
+            return True
+        owner, prompt = sequence.prefix_owner, sequence.request.prompt_ids
+        shared = [
+            common_blocks(prompt[:-1], other.request.prompt_ids)
+            for other in self._scheduler.running
+            if other.is_prefilling and other.prefix_owner == owner
+        ]
+        return not shared or max(shared) <= self._prefixes.matched_tokens(owner, prompt)
+
+    def _take_prefix(self, row: int, sequence: Sequence) -> None:
+        if self._prefixes is None:
+            return
+        hit = self._prefixes.match(sequence.prefix_owner, sequence.request.prompt_ids)
+        with _optional("a prefix was not reused"):
+            if hit.tokens:
+                self._runner.write(row, hit.blocks)
+            sequence.prefilled = hit.tokens
+            self.prefix_tokens += hit.tokens
+        hit.release()
+
+    # --- forwards ---------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        complete = []
+        for chunks in self._together(self._scheduler.prefill()):
+            counts = {chunk.sequence: len(chunk.tokens) for chunk in chunks}
+            for sequence, token_logits in self._forward(list(counts), [chunk.tokens for chunk in chunks]):
+                sequence.prefilled += counts[sequence]
+                self.prompt_tokens += counts[sequence]
+                if not sequence.is_prefilling:
+                    complete.append((sequence, token_logits))
+        self._take_tokens(complete)
+        for sequence, token_logits in complete:
+            if not _broken(token_logits):
+                self._keep_prefix(sequence)
+
+    def _together(self, chunks: SequenceOf[Chunk]) -> Iterable[list[Chunk]]:
+        """The chunks that may share a forward."""
+        forwards: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            forwards.setdefault(0 if self._runner.ragged else len(chunk.tokens), []).append(chunk)
+        return forwards.values()
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Keeps the state of a prompt, unless running rows may yet need the memory."""
+        if self._prefixes is None:
+            return
+        running = self._scheduler.running
+        read = partial(self._runner.read, running.index(sequence))
+        with _optional("a prefix was not kept"):
+            self._prefixes.insert(sequence.prefix_owner, sequence.request.prompt_ids, read)
+        self._prefixes.shrink_to(self._runner.spare([each.final_length for each in running]))
+
+    def _decode(self, decoding: list[Sequence]) -> None:
+        if not decoding:
+            return
+        began = time.perf_counter()
+        answers = self._forward(decoding, [[sequence.last_token] for sequence in decoding])
+        if self._auto_merge is not None:
+            sole = foldable(self._scheduler.running, automatic=True)
+            seconds = time.perf_counter() - began
+            self._auto_merge.observe(sole.key if sole else None, seconds, folded=self._folded is not None)
+        for sequence, _ in answers:
+            self._scheduler.charge(sequence, 1)
+        self._take_tokens(answers)
+
+    def _forward(self, sequences: list[Sequence], tokens: list[SequenceOf[int]]) -> list[Answer]:
+        """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
+        for sequence in sequences:
+            self._owners[sequence][0].mark_step(folded=self._folded is not None)
+        try:
+            row_of = {sequence: row for row, sequence in enumerate(self._scheduler.running)}
+            batch = None if self._folded is not None else self._low_rank(sequences)
+            token_logits = self._runner.extend([row_of[sequence] for sequence in sequences], tokens, batch)
+        except Exception as error:
+            if len(sequences) == 1 or is_fatal(error):
+                self._fail(sequences, error)
+                return []
+            half = len(sequences) // 2
+            return self._forward(sequences[:half], tokens[:half]) + self._forward(sequences[half:], tokens[half:])
+        return list(zip(sequences, token_logits, strict=True))
 
     def _fold_or_restore(self) -> None:
-        """Folded only while every row of the batch has the one selection that asked for it."""
-        wanted = foldable(self._scheduler.running)
+        """Folded only while every row of the batch has the one selection that asked for it, or that it pays for."""
+        running = self._scheduler.running
+        if not running:
+            return
+        wanted = foldable(running)
+        if wanted is None and self._auto_merge is not None:
+            sole = foldable(running, automatic=True)
+            wanted = sole if sole is not None and self._auto_merge.wants(sole.key) else None
         if self._folded is not None and (wanted is None or wanted.key != self._folded.key):
             self._merger.restore()
             self._folded = None
         if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
-            self._try_fold(wanted, self._owners[self._scheduler.running[0]][0].factors)
+            self._try_fold(wanted, self._owners[running[0]][0].factors)
 
     def _try_fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> None:
         """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
         try:
             self.fold(selection, factors)
         except Exception as error:
+            if is_fatal(error):
+                raise
             log.warning("%s cannot be folded: %s", selection.header, error)
             self._unfoldable.add(selection.key)
 
     def _low_rank(self, sequences: list[Sequence]) -> LowRankBatch | None:
-        """The low-rank part for these rows, kept from the last step while the rows' selections stay the same."""
+        """The low-rank part for these rows, kept from earlier steps whose rows had the same selections."""
         mix = tuple(sequence.selection.key for sequence in sequences)
-        if mix != self._mix[0]:
-            self._mix = (mix, self._mixed_batch(sequences))
-        return self._mix[1]
+        if mix not in self._mixes:
+            self._mixes[mix] = self._mixed_batch(sequences)
+        self._mixes.move_to_end(mix)
+        while len(self._mixes) > _MIXES_KEPT:
+            self._mixes.popitem(last=False)
+        return self._mixes[mix]
 
     def _mixed_batch(self, sequences: list[Sequence]) -> LowRankBatch | None:
         factors: dict[str, AdapterFactors] = {}
@@ -128,27 +261,46 @@ class Worker:
             factors.update({adapter.digest: adapter for adapter in self._owners[sequence][0].factors})
         if not factors:
             return None
-        column = {digest: i for i, digest in enumerate(factors)}
-        weights = torch.zeros(len(sequences), len(factors))
+        stack = self._stack_of(factors)
+        weights = torch.zeros(len(sequences), len(stack.adapters))
         for row, sequence in enumerate(sequences):
             for adapter in sequence.selection.adapters:
-                weights[row, column[adapter.digest]] += adapter.weight
-        return LowRankBatch(list(factors.values()), weights)
+                weights[row, stack.column[adapter.digest]] += adapter.weight
+        return LowRankBatch(stack, weights)
 
-    def _take_tokens(self, sequences: list[Sequence], token_logits: Tensor) -> None:
-        broken = token_logits.isnan().any(-1).tolist()
-        rows = [self._sampling_row(sequence) for sequence in sequences]
-        tokens = sampler.sample(token_logits.nan_to_num(), rows)
-        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+    def _stack_of(self, factors: dict[str, AdapterFactors]) -> FactorStack:
+        """The last stack again while it holds these adapters and not many others; else a new one."""
+        last = self._stack
+        spare = len(last.adapters) - len(factors)
+        if spare > len(factors) + _SPARE_ADAPTERS or any(
+            digest not in last.column or last.adapters[last.column[digest]] is not adapter
+            for digest, adapter in factors.items()
+        ):
+            self._stack = FactorStack(list(factors.values()))
+        return self._stack
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def _take_tokens(self, answers: list[Answer]) -> None:
+        if not answers:
+            return
+        token_logits = torch.stack([of_row for _, of_row in answers])
+        broken = _broken(token_logits).tolist()
+        rows = [self._sampling_row(sequence) for sequence, _ in answers]
+        tokens = sampler.sample(token_logits.nan_to_num() if any(broken) else token_logits, rows)
+        for (sequence, of_row), token, is_broken in zip(answers, tokens, broken, strict=True):
             job, choice = self._owners[sequence]
             if job.ended:
                 continue
-            if broken[i]:
-                job.fail("internal_error", "the model answered NaN; is the adapter or the dtype at fault?")
+            if is_broken:
+                job.fail("internal_error", "the model answered NaN or infinity; is the adapter or the dtype at fault?")
                 continue
             wanted = sequence.params.logprobs
-            logprob = None if wanted is None else sampler.logprobs(token_logits[i], token, wanted)
-            self._take_token(job, choice, token, logprob)
+            logprob = None if wanted is None else sampler.logprobs(of_row, token, wanted)
+            try:
+                self._take_token(job, choice, token, logprob)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def _take_token(self, job: Job, choice: Choice, token: int, logprob: TokenLogprob | None) -> None:
         params = choice.sequence.params
@@ -170,8 +322,38 @@ class Worker:
         for sequence in [s for s in self._owners if s not in alive]:
             del self._owners[sequence]
         if not alive:
-            self._mix = ((), None)  # lets go of factors that may be evicted now
+            self._mixes.clear()  # lets go of factors that may be evicted now
+            self._stack = FactorStack(())
             self._unfoldable.clear()
+
+    def _fail(self, sequences: SequenceOf[Sequence], error: Exception) -> None:
+        """Ends the requests of these sequences; raises again what no request can be blamed for."""
+        if is_fatal(error):
+            raise error
+        log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
+        for sequence in sequences:
+            self._owners[sequence][0].fail(*failure(error))
+
+
+def _broken(token_logits: Tensor) -> Tensor:
+    """Which rows [..., vocabulary] hold NaN, which is not less either, or infinity."""
+    return ~(token_logits < torch.inf).all(-1)
+
+
+@contextmanager
+def _optional(otherwise: str) -> Iterator[None]:
+    """What saves work but is not needed may fail, for want of memory say."""
+    try:
+        yield
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        log.warning("%s: %s", otherwise, error)
+
+
+def is_fatal(error: Exception) -> bool:
+    """A CUDA error leaves the device's state unknown: nothing more can be computed in this process."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # not there before PyTorch 2.8
 
 
 def failure(error: Exception) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.layers import AdaptedLinear, AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
+from adapters.layers import AdaptedModel, AdaptedModule, AdapterFactors, LayerFactors, LowRankBatch
 from adapters.targets import BaseModules
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_logits, peft_reference, rewrite, tiny_model
 from tests.unit.adapters.support import BANK, PROMPT, adapted, alone, factors, token_logits
@@ -203,7 +203,7 @@ class TestShapes:
     def test_rows_that_cannot_be_told_apart_are_our_bug(self):
         model, adapter = self.model()
         with (
-            model.using(LowRankBatch([adapter], torch.ones(3, 1))),
+            model.using(LowRankBatch([adapter], torch.tensor([[1.0], [0.0], [1.0]]))),
             pytest.raises(AssertionError, match="3 rows"),
         ):
             model.model.flat(torch.randn(7, 4))
@@ -224,7 +224,7 @@ class TestAdaptedModel:
         model = adapted(tiny_model("qwen2"))
         layer = model.model.model.layers[0].self_attn.q_proj
         own = model.base_layer("model.layers.0.self_attn.q_proj")
-        assert isinstance(layer, AdaptedLinear)
+        assert isinstance(layer, AdaptedModule)
         assert (layer.weight is own.weight, layer.bias is own.bias) == (True, True)
         assert (layer.in_features, layer.out_features) == (64, 64)
         assert not hasattr(layer, "no_such_attribute")
@@ -233,7 +233,7 @@ class TestAdaptedModel:
 
     def test_the_module_tree_stays_a_tree(self):
         model = adapted(tiny_model("llama"))
-        assert len(list(model.model.named_modules())) == len(model.modules.kinds) + len(model.modules.layers)
+        assert len(list(model.model.named_modules())) == len(model.modules.kinds) + model.wrapped
         wrapped = {id(p) for p in model.model.parameters()}
         assert len(wrapped) == len(list(tiny_model("llama").parameters()))
 
@@ -250,7 +250,7 @@ class TestAdaptedModel:
     def test_a_failing_forward_leaves_no_batch_behind(self, llama: Mapping[str, AdapterFactors]):
         model = adapted(tiny_model("llama"))
         before = token_logits(model, PROMPTS)
-        batch = LowRankBatch([llama["wide"]], torch.ones(3, 1))  # for other rows than come
+        batch = LowRankBatch([llama["wide"]], torch.tensor([[1.0], [0.5], [0.0]]))  # for other rows than come
         with pytest.raises(AssertionError):
             token_logits(model, PROMPTS, batch)
         assert model.batch is None

@@ -193,7 +193,7 @@ def test_extras_are_taken_and_counted_as_peft_counts_them(fields: dict[str, obje
 
 NOT_CALLED_FOR = {
     "another module": ({"modules_to_save": ["score"]}, "classifier.weight"),
-    "a name that only contains it": ({"modules_to_save": ["score"]}, "rescore.weight"),
+    "a name that only contains it": ({"modules_to_save": ["score"]}, "scorer.weight"),
     "bias of no target": ({"bias": "vblora_only"}, "h.0.ln.bias"),
     "weight under bias all": ({"bias": "all"}, "h.0.ln.weight"),
     "weight of a target": ({"bias": "all"}, "h.0.q.base_layer.weight"),

@@ -26,7 +26,6 @@ from adapters.errors import (
     NonFinite,
     StoreError,
     UnexpectedTensor,
-    UnsupportedCheckpoint,
 )
 from adapters.layers import AdaptedModel, AdapterFactors
 from adapters.registry import AdapterRegistry, AdapterState
@@ -128,12 +127,10 @@ class TestRegister:
     ):
         nan = rewrite(written["a"], tmp_path / "nan", {BANK: torch.full((32, 16), float("nan"))})
         deeper = make_adapter(tiny_model("llama", num_hidden_layers=3), SPEC, tmp_path / "deeper")
-        saved = make_adapter(LLAMA, AdapterSpec(modules_to_save=["lm_head"]), tmp_path / "saved")
         other = rewrite(written["a"], tmp_path / "other", None, {"base_model_name_or_path": "org/other"})
         for error, source in {
             NonFinite: nan,
             UnexpectedTensor: deeper,
-            UnsupportedCheckpoint: saved,
             BaseModelMismatch: other,
         }.items():
             with pytest.raises(error):
@@ -176,6 +173,16 @@ class TestRegister:
 
 
 class TestPin:
+    def test_of_what_is_in_memory_waits_for_no_load(self, registry: AdapterRegistry, written: dict[str, Path]):
+        digest = register(registry, written["a"]).digest
+        assert registry.pin_loaded(digest) is None
+        assert registry.status(digest).pins == 0
+        factors = registry.pin(digest)
+        registry.unpin(digest)
+        assert registry.pin_loaded(digest) is factors
+        assert registry.status(digest).pins == 1
+        registry.unpin(digest)
+
     def test_hands_out_the_adapters_factors(self, registry: AdapterRegistry, written: dict[str, Path]):
         digest = register(registry, written["a"]).digest
         pinned, expected = registry.pin(digest), factors(written["a"])
@@ -275,11 +282,15 @@ class TestEviction:
     def test_one_that_is_too_large_is_refused_and_not_failed(
         self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path]
     ):
+        generous = make_registry(store, model, budget=FACTOR_BYTES)
+        digest = register(generous, written["a"]).digest
         registry = make_registry(store, model, budget=FACTOR_BYTES - 1)
-        digest = register(registry, written["a"]).digest
         with pytest.raises(AdapterTooLarge) as refusal:
             registry.pin(digest)
         assert f"{FACTOR_BYTES:,}" in refusal.value.message
+        with pytest.raises(AdapterTooLarge):
+            register(registry, written["b"])
+        assert registry.store.count("") == 1
         assert state(registry, digest) is AdapterState.STORED
         assert registry.status(digest).pins == 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 
@@ -14,6 +14,7 @@ from adapters.layers import AdapterFactors
 from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from service.engine.scheduler import Limits
 from service.engine.seam import EngineState
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
@@ -31,34 +32,50 @@ class GatedRunner(FakeRunner):
         self.gate.set()
         self.entered = threading.Event()
 
-    def prefill(self, prompts, batch):  # type: ignore[no-untyped-def]
+    def extend(self, rows, tokens, batch):  # type: ignore[no-untyped-def]
         self.entered.set()
         assert self.gate.wait(10)
-        return super().prefill(prompts, batch)
+        return super().extend(rows, tokens, batch)
 
 
 class FakeRegistry:
-    """Counts pins; `missing` digests cannot be pinned, and pinning waits while the gate is closed."""
+    """Counts pins; `missing` digests cannot be pinned, and pinning waits while the gate is closed.
+
+    Of those `loaded` it waits for nothing.
+    """
 
     def __init__(self) -> None:
         self.pins: Counter[str] = Counter()
         self.missing: set[str] = set()
+        self.loaded: set[str] = set()  # by digest; pinned without waiting
+        self.room: int | None = None  # distinct adapters that may be pinned
+        self.was_pinned, self.had_no_room = threading.Event(), threading.Event()
         self.gate = threading.Event()
         self.gate.set()
         self._lock = threading.Lock()
 
     def pin(self, digest: str) -> AdapterFactors:
-        assert self.gate.wait(10)
+        assert digest in self.loaded or self.gate.wait(10)
         if digest in self.missing:
             raise AdapterNotFound("the adapter was deleted", subject=digest)
         with self._lock:
             self.pins[digest] += 1
+        self.was_pinned.set()
         return AdapterFactors(digest, {})
+
+    def pin_loaded(self, digest: str) -> AdapterFactors | None:
+        return self.pin(digest) if digest in self.loaded else None
 
     def unpin(self, digest: str) -> None:
         with self._lock:
             self.pins[digest] -= 1
             assert self.pins[digest] >= 0
+
+    def has_room_for(self, digests: Collection[str]) -> bool:
+        fits = self.room is None or len(set(digests) | {d for d, n in self.pins.items() if n}) <= self.room
+        if not fits:
+            self.had_no_room.set()
+        return fits
 
     @property
     def pinned(self) -> int:
@@ -68,7 +85,7 @@ class FakeRegistry:
 class Bench:
     def __init__(self, max_queue: int = 8) -> None:
         self.runner, self.registry = GatedRunner(), FakeRegistry()
-        worker = Worker(self.runner, FakeMerger(), 2)  # type: ignore[arg-type]
+        worker = Worker(self.runner, FakeMerger(), Limits(2))  # type: ignore[arg-type]
         limits = EngineLimits(max_context=20, vocabulary=VOCABULARY, max_queue=max_queue)
         self.engine = BatchEngine(worker, self.registry, Letters(), limits)  # type: ignore[arg-type]
 
@@ -164,6 +181,55 @@ def test_a_cold_adapter_delays_no_other_request(bench: Bench) -> None:
     assert cold.empty()
     bench.registry.gate.set()
     assert finish(cold)[0] == [3, 5, 7]
+
+
+def test_any_number_of_cold_adapters_delays_no_other_request(bench: Bench) -> None:
+    bench.registry.gate.clear()
+    bench.registry.loaded.add("sha256:warm")
+    cold = [bench.submit(f"cold-{i}", f"adapter-{i}") for i in range(5)]
+    assert finish(bench.submit("base"))[0] == [2, 3, 4]
+    assert finish(bench.submit("warm", "warm"))[0] == [3, 5, 7]
+    bench.registry.gate.set()
+    for events in cold:
+        assert finish(events)[0] == [3, 5, 7]
+
+
+def test_a_deadline_passes_while_an_adapter_is_loading(bench: Bench) -> None:
+    bench.registry.gate.clear()
+    _, end = finish(bench.submit("late", "sql", timeout_s=0.01))
+    assert isinstance(end, FailedEvent)
+    assert end.code == "request_timeout"
+    assert bench.registry.pinned == 0
+    bench.registry.gate.set()
+
+
+def test_a_fold_gives_parked_requests_their_turn(bench: Bench) -> None:
+    """Its pins alone may have stood in a request's way."""
+    bench.registry.room = 1
+    bench.runner.gate.clear()
+    blocking = bench.submit("blocking")
+    assert bench.runner.entered.wait(10)
+    folding = bench.engine.fold(Selection((SelectedAdapter("sql", "sha256:sql"),)))
+    assert bench.registry.was_pinned.wait(10)
+    parked = bench.submit("parked", "style")
+    assert bench.registry.had_no_room.wait(10)
+    bench.runner.gate.set()
+    assert folding.result(timeout=10).merge_error == 0.25
+    for events in (blocking, parked):
+        assert isinstance(finish(events)[1], FinishedEvent)
+
+
+def test_requests_wait_for_memory_for_their_adapters(bench: Bench) -> None:
+    bench.registry.room = 1
+    bench.runner.gate.clear()
+    first = bench.submit("first", "sql")
+    assert bench.runner.entered.wait(10)
+    others = [bench.submit(f"other-{i}", f"adapter-{i}") for i in range(4)]
+    base = bench.submit("base")
+    assert bench.registry.pinned == 1
+    bench.runner.gate.set()
+    for events in [first, base, *others]:
+        assert isinstance(finish(events)[1], FinishedEvent)
 
 
 def test_cancel_while_loading_and_while_running(bench: Bench) -> None:

@@ -92,3 +92,13 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     two = logprobs(token_logits, 0, 2)
     assert [token for token, _ in two.top] == [1, 2]
     assert math.isclose(two.top[0][1], math.log(0.6), rel_tol=1e-5)
+
+
+def test_rounding_between_tokens_nearly_alike_changes_no_draw() -> None:
+    """A row's company moves its token logits in the last digits, and so may swap such tokens' order of likelihood."""
+    generator = torch.Generator().manual_seed(0)
+    token_logits = 1e-5 * torch.randn(1, 2000, generator=generator)
+    nudged = token_logits + 1e-7 * torch.randn(1, 2000, generator=generator)
+    assert not torch.equal(token_logits.argsort(), nudged.argsort())
+    one, other = row(seed=1), row(seed=1)
+    assert [sample(token_logits, [one]) for _ in range(50)] == [sample(nudged, [other]) for _ in range(50)]

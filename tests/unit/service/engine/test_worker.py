@@ -11,6 +11,7 @@ from adapters.layers import AdapterFactors
 from adapters.merge import FoldReport
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
 from service.engine.job import Job, make_job
+from service.engine.scheduler import Limits
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.engine.worker import Worker
@@ -44,7 +45,7 @@ class Bench:
     def __init__(self, max_batch_size: int = 4) -> None:
         self.runner = FakeRunner()
         self.merger = FakeMerger()
-        self.worker = Worker(self.runner, self.merger, max_batch_size, frozenset({EOS}))  # type: ignore[arg-type]
+        self.worker = Worker(self.runner, self.merger, Limits(max_batch_size), frozenset({EOS}))  # type: ignore[arg-type]
         self.events: dict[str, list[Event]] = {}
 
     def admit(
@@ -95,7 +96,7 @@ def test_each_row_runs_with_its_own_selection() -> None:
     assert bench.tokens("sql") == [4, 7, 10]
     assert bench.tokens("blend") == [6, 11, 16]
     assert bench.tokens("negative") == [18, 16, 14]
-    assert bench.runner.forwards == [("prefill", 4), ("decode", 4), ("decode", 4)]
+    assert bench.runner.forwards == [[1] * 4] * 3
 
 
 def test_rows_join_and_leave_between_steps() -> None:
@@ -107,7 +108,7 @@ def test_rows_join_and_leave_between_steps() -> None:
     assert bench.tokens("long") == [2, 3, 4, 5, 6, 7]
     assert bench.tokens("short") == [12, 14]
     assert bench.tokens("later") == [33, 36, 39]
-    assert max(rows for _, rows in bench.runner.forwards) == 2
+    assert max(map(len, bench.runner.forwards)) == 2
     assert bench.runner.rows == 0
 
 
@@ -180,7 +181,7 @@ def test_a_failing_choice_takes_its_waiting_siblings_along() -> None:
     bench.admit("guilty", 1, n=2, max_new_tokens=5)
     bench.run()
     assert isinstance(bench.end("guilty"), FailedEvent)
-    assert bench.runner.forwards == [("prefill", 1), ("decode", 1)]
+    assert bench.runner.forwards == [[1], [1]]
 
 
 def test_a_row_of_nan_fails_alone() -> None:

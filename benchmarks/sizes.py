@@ -1,0 +1,86 @@
+"""What is measured: the shapes of base models and adapters, and how much work each measure does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A Llama, with random weights."""
+
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    kv_heads: int = 12
+    intermediate: int = 2048
+    vocabulary: int = 8192
+    context: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    targets: tuple[str, ...] = ALL_LINEAR
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """`prompt` and `output` are the least and the most tokens of a request; `rows` is the batch of a decode step."""
+
+    model: ModelShape = ModelShape()
+    adapter: AdapterShape = AdapterShape()
+    adapters: int = 16  # that exist; decode steps mix up to all of them
+    requests: int = 32
+    request_adapters: int = 8  # that the requests are spread over
+    prompt: tuple[int, int] = (16, 128)
+    output: tuple[int, int] = (16, 128)
+    checked_requests: int = 4
+    peft_batch: int = 8
+    rows: int = 16
+    decode_context: int = 64
+    decode_steps: int = 100
+    running_rows: int = 8  # that decode while a cold adapter is loaded
+    probe_prompt: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencySizes:
+    """The linear layers that matter are as wide as a 7B model's; the rest is small, so that it fits a small machine."""
+
+    model: ModelShape = ModelShape(
+        hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=256, vocabulary=512, context=512
+    )
+    adapter: AdapterShape = AdapterShape(targets=("q_proj", "v_proj"))
+    answering: int = 32  # adapters that answer one request each, all at once
+    prompt: int = 8
+    output: int = 4
+
+
+_TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256, context=256)
+_TINY_ADAPTER = AdapterShape(num_vectors=32, vector_length=16)
+
+QUICK_ENGINE = EngineSizes(
+    model=_TINY_MODEL,
+    adapter=_TINY_ADAPTER,
+    adapters=8,
+    requests=6,
+    request_adapters=3,
+    prompt=(4, 12),
+    output=(4, 12),
+    checked_requests=2,
+    peft_batch=2,
+    rows=4,
+    decode_context=8,
+    decode_steps=4,
+    running_rows=2,
+    probe_prompt=8,
+)
+QUICK_RESIDENCY = ResidencySizes(
+    model=_TINY_MODEL, adapter=AdapterShape(num_vectors=32, vector_length=16, targets=("q_proj", "v_proj")), answering=4
+)

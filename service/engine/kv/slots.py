@@ -1,0 +1,251 @@
+"""The slot backend: every row has a place of its own in tensors that grow in buckets.
+
+Tokens stand at their own positions, so rows of different lengths need no padding, joining copies nothing, and a step
+over neighbouring rows reads views. Attention gets an explicit mask. Right for full attention with explicit positions,
+which the self-test at load finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from service.engine.kv.backend import Blocks, StepInputs
+
+_BLOCK = 64  # columns
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """The part of the slots that one forward touches. `row_index` and `columns` say where its new states go."""
+
+    rows: slice | Tensor  # a run of rows is read as a view, anything else is gathered
+    row_index: Tensor  # [rows, 1]
+    columns: Tensor  # [rows, queries]: padding goes to the scratch column
+    run: slice | None  # set when all rows put their states into the same columns
+    length: int  # columns that attention reads
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values [slots, heads, columns + 1, features]; the last column takes what padding writes."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, slots: SlotBackend) -> None:
+        super().__init__()
+        self._slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = self._slots.slots, self._slots.columns + 1
+        self.keys = _empty(key_states, *shape)
+        self.values = _empty(value_states, *shape)
+        self.is_initialized = True
+        self._slots.bytes_per_token += (self.keys.nbytes + self.values.nbytes) // (shape[0] * shape[1])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self._slots.window
+        return _put(self.keys, key_states, window), _put(self.values, value_states, window)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._slots.window.length, 0
+
+    def get_seq_length(self) -> int:
+        window = self._slots.window
+        return window.length - window.columns.shape[1]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def resize(self, slots: int, columns: int) -> None:
+        """Moves what fits into new tensors; one layer at a time, so that only one is in memory twice."""
+        if self.is_initialized:
+            self.keys = _moved(self.keys, slots, columns)
+            self.values = _moved(self.values, slots, columns)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        if self.is_initialized and slots:
+            self.keys[slots], self.values[slots] = 0, 0
+
+
+def _empty(states: Tensor, slots: int, columns: int) -> Tensor:
+    # Zeros: a masked column's value is multiplied by 0, and what a row has not written must not be NaN.
+    return states.new_zeros(slots, states.shape[1], columns, states.shape[3])
+
+
+def _moved(old: Tensor, slots: int, columns: int) -> Tensor:
+    new = _empty(old, slots, columns + 1)
+    kept_slots, kept_columns = min(slots, old.shape[0]), min(columns, old.shape[2] - 1)
+    new[:kept_slots, :, :kept_columns] = old[:kept_slots, :, :kept_columns]
+    return new
+
+
+def _put(store: Tensor, states: Tensor, window: _Window) -> Tensor:
+    """Writes new states [rows, heads, queries, features] and returns what attention reads."""
+    if window.run is not None and isinstance(window.rows, slice):
+        store[window.rows, :, window.run] = states
+    else:
+        store[window.row_index, :, window.columns] = states.transpose(1, 2)
+    return store[window.rows][:, :, : window.length]
+
+
+class SlotBackend:
+    """Implements `KVBackend`. The slots grow generously, in powers of two, within half of the budget.
+
+    The other half is for prefixes; rows may take it too, but no more of it than they need, in blocks of 64 columns.
+    `bytes_per_token` is of all layers together; 0 before the first forward.
+    """
+
+    name = "slot"
+    ragged = True
+
+    def __init__(self, layers: int, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
+        self._layers = [_SlotLayer(self) for _ in range(layers)]
+        self._cache = Cache(layers=list(self._layers))
+        self._lowest = torch.finfo(dtype).min
+        self._dtype = dtype
+        self._device = device
+        self._budget = budget_bytes
+        self._lengths: list[int] = []
+        self._pending: tuple[list[int], list[int]] | None = None
+        self.slots, self.columns = 1, _BLOCK
+        self.bytes_per_token = 0
+        self.window: _Window
+
+    @property
+    def rows(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers if layer.is_initialized)
+
+    def length(self, row: int) -> int:
+        return self._lengths[row]
+
+    def spare(self, lengths: Sequence[int]) -> int:
+        needed = self._bytes(len(lengths), _in_blocks(max(lengths))) if lengths else 0
+        return self._budget - max(needed, self.nbytes)
+
+    def add(self, rows: int) -> None:
+        self._make_room(self.rows + rows, 1)
+        self._lengths += [0] * rows
+
+    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> StepInputs:
+        starts = [self._lengths[row] for row in rows]
+        length = max(start + count for start, count in zip(starts, counts, strict=True))
+        self._make_room(self.rows, length)
+        queries = max(counts)
+        offsets = torch.arange(queries) - (queries - torch.tensor(counts)).unsqueeze(1)  # [rows, queries]
+        positions = torch.tensor(starts).unsqueeze(1) + offsets
+        padding = offsets < 0
+        columns = positions.masked_fill(padding, self.columns)
+        uniform = len({*starts}) == 1 and len({*counts}) == 1
+        self.window = _Window(
+            rows=_as_slice(rows, self._device),
+            row_index=torch.tensor(rows, device=self._device).unsqueeze(1),
+            columns=columns.to(self._device),
+            run=slice(starts[0], length) if uniform else None,
+            length=length,
+        )
+        self._pending = list(rows), list(counts)
+        positions = positions.masked_fill(padding, 0).to(self._device)
+        return StepInputs(self._cache, self._mask(positions, padding, uniform, starts[0]), positions)
+
+    def _mask(self, positions: Tensor, padding: Tensor, uniform: bool, start: int) -> Tensor | None:
+        """None where the model's own causal mask is right: rows of one length that decode, or begin."""
+        if uniform and (positions.shape[1] == 1 or start == 0):
+            return None
+        visible = torch.arange(self.window.length, device=self._device) <= positions.unsqueeze(-1)
+        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(~visible, self._lowest).unsqueeze(1)  # [rows, 1, queries, length]
+
+    def commit(self) -> None:
+        assert self._pending is not None
+        for row, count in zip(*self._pending, strict=True):
+            self._lengths[row] += count
+        self._pending = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only the rows that change place are copied. What the others leave behind is cleared: it may be NaN."""
+        self._clear(sorted({*range(self.rows)} - {*rows}))
+        moves = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moves:
+            to, row = (torch.tensor(index, device=self._device) for index in zip(*moves, strict=True))
+            length = max(self._lengths[each] for _, each in moves)
+            for layer in self._layers:
+                if layer.is_initialized:
+                    layer.keys[to, :, :length] = layer.keys[row, :, :length]
+                    layer.values[to, :, :length] = layer.values[row, :, :length]
+        self._clear(range(len(rows), self.rows))
+        self._lengths = [self._lengths[row] for row in rows]
+        self._shrink()
+
+    def read(self, row: int, start: int, end: int) -> Blocks:
+        return [
+            (layer.keys[row, :, start:end].clone(), layer.values[row, :, start:end].clone()) for layer in self._layers
+        ]
+
+    def write(self, row: int, blocks: Blocks) -> None:
+        start = self._lengths[row]
+        end = start + blocks[0][0].shape[1]
+        self._make_room(self.rows, end)
+        for layer, (keys, values) in zip(self._layers, blocks, strict=True):
+            layer.keys[row, :, start:end] = keys
+            layer.values[row, :, start:end] = values
+        self._lengths[row] = end
+
+    def _make_room(self, rows: int, longest: int) -> None:
+        """For so many rows, one of which grows to `longest`."""
+        longest = max(longest, *self._lengths, 1)
+        if rows <= self.slots and longest <= self.columns:
+            return
+        slots, columns = max(self.slots, _bucket(rows, 1)), max(self.columns, _bucket(longest, _BLOCK))
+        if self._bytes(slots, columns) > self._budget // 2:
+            slots, columns = rows, _in_blocks(longest)
+        self._resize(slots, columns)
+
+    def _shrink(self) -> None:
+        """Gives memory back when no row is left, or when the rows that are left need far less than is taken."""
+        slots, columns = _bucket(self.rows, 1), _bucket(max(self._lengths, default=1), _BLOCK)
+        if not self.rows or self.nbytes > self._budget // 2 >= 2 * self._bytes(slots, columns):
+            self._resize(slots, columns)
+
+    def _clear(self, slots: Sequence[int]) -> None:
+        for layer in self._layers:
+            layer.clear(slots)
+
+    def _bytes(self, slots: int, columns: int) -> int:
+        return slots * (columns + 1) * self.bytes_per_token
+
+    def _resize(self, slots: int, columns: int) -> None:
+        for layer in self._layers:
+            layer.resize(slots, columns)
+        self.slots, self.columns = slots, columns
+
+
+def _as_slice(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
+def _in_blocks(columns: int) -> int:
+    return -(-columns // _BLOCK) * _BLOCK
+
+
+def _bucket(needed: int, smallest: int) -> int:
+    size = smallest
+    while size < needed:
+        size *= 2
+    return size

@@ -1,0 +1,111 @@
+"""Finds out at load which key-value backend is right for this model.
+
+Some architectures cannot take explicit masks, some cannot take padding; they answer plausibly and wrongly. So rows of
+different lengths are run as the engine runs them and compared with plain forwards over each text alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.layers import AdaptedModel
+from service.engine.kv.backend import KVBackend
+from service.engine.kv.rows import RowsBackend
+from service.engine.kv.slots import SlotBackend
+from service.engine.model_runner import TransformersRunner
+
+log = logging.getLogger(__name__)
+
+# Rows may differ from the plain forward by this much, relative to the largest token logit.
+_TOLERANCE = 1e-3
+_LENGTHS = (5, 12, 3)
+_CHUNK = 4
+
+
+def choose_runner(
+    adapted: AdaptedModel, device: torch.device, vocabulary: int, budget: int
+) -> tuple[TransformersRunner, bool]:
+    """The fastest runner that is right for this model, and whether rows may be batched and prompts run in parts."""
+    dtype = next(adapted.model.parameters()).dtype
+    layers = _text_config(adapted).num_hidden_layers
+    backends: list[Callable[[], KVBackend]] = [
+        lambda: SlotBackend(layers, dtype, device, budget),
+        lambda: RowsBackend(device, budget),
+    ]
+    if _slides(adapted):
+        backends.pop(0)  # its masks differ from layer to layer, beyond the lengths that are tested here
+    texts = _texts(vocabulary)
+    expected = [_plain(adapted, device, text) for text in texts]
+    tolerance = max(_TOLERANCE, 16 * torch.finfo(dtype).eps) * max(float(e.abs().max()) for e in expected)
+    for make in backends:
+        runner = TransformersRunner(adapted, device, make())
+        if _agrees(runner, texts, expected, tolerance):
+            return runner, True
+    log.warning("%s answers differently in batches: running one row at a time", type(adapted.model).__name__)
+    return TransformersRunner(adapted, device, RowsBackend(device, budget)), False
+
+
+def _text_config(adapted: AdaptedModel) -> Any:
+    config: Any = adapted.model.config
+    return config.get_text_config()
+
+
+def _slides(adapted: AdaptedModel) -> bool:
+    config = _text_config(adapted)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    return bool(kinds - {"full_attention"}) or (not kinds and window is not None)
+
+
+def _texts(vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+
+
+@torch.inference_mode()
+def _plain(adapted: AdaptedModel, device: torch.device, text: Sequence[int]) -> Tensor:
+    """Token logits [2, vocabulary] at the last two tokens, without any cache."""
+    output = adapted.model(input_ids=torch.tensor([text], device=device), use_cache=False)
+    token_logits: Tensor = output.logits[0, -2:].float().cpu()
+    return token_logits
+
+
+def _agrees(runner: TransformersRunner, texts: list[list[int]], expected: list[Tensor], tolerance: float) -> bool:
+    try:
+        answered = _as_the_engine_runs_it(runner, texts)
+    except Exception as error:
+        log.info("the %s backend does not fit this model: %s", runner.kv.name, error)
+        return False
+    finally:
+        runner.keep([])
+    pairs = zip(answered, expected, strict=True)
+    return all(torch.allclose(one, other, rtol=0, atol=tolerance) for one, other in pairs)
+
+
+def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:
+    """Rows join, one with a beginning that another ran, move, decode a token. Token logits as `_plain` gives them."""
+    first, long, short = texts
+    runner.add(1)
+    before = runner.extend([0], [first[:-1]], None)
+    runner.add(1)
+    runner.extend([1], [long[:_CHUNK]], None)
+    beginning = runner.read(1, 0, _CHUNK)
+    runner.keep([0])
+    runner.add(2)
+    runner.write(1, beginning)
+    before = torch.cat([before, _extend(runner, [1, 2], [long[_CHUNK:-1], short[:-1]])])
+    order = [1, 2, 0]
+    runner.keep(order)
+    after = runner.extend(range(3), [texts[row][-1:] for row in order], None)
+    return [torch.stack([before[row], after[order.index(row)]]) for row in range(3)]
+
+
+def _extend(runner: TransformersRunner, rows: list[int], tokens: list[list[int]]) -> Tensor:
+    if runner.ragged:
+        return runner.extend(rows, tokens, None)
+    return torch.cat([runner.extend([row], [of_row], None) for row, of_row in zip(rows, tokens, strict=True)])
