@@ -7,7 +7,7 @@ top-p and min-p are computed together; a row with a repetition penalty gets it b
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,10 @@ class SamplingRow:
 
     params: SamplingParams
     generator: torch.Generator
-    history: SequenceOf[int] = ()
+    history: Seq[int] = ()
 
 
-def sample(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> list[int]:
+def sample(token_logits: Tensor, rows: Seq[SamplingRow]) -> list[int]:
     """One token id per row, from token_logits [rows, vocabulary] float32."""
     token_logits = _penalised(token_logits, rows)
     chosen = token_logits.argmax(-1)
@@ -44,7 +44,7 @@ def logprobs(token_logits: Tensor, token_id: int, top: int) -> TokenLogprob:
     return TokenLogprob(token_id, float(normalised[token_id]), likeliest)
 
 
-def _penalised(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
+def _penalised(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:
     """Repetition penalty (arXiv 1909.05858): seen tokens' logits are divided by it, or multiplied when negative."""
     asking = [(i, row) for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
     if not asking:
@@ -57,7 +57,7 @@ def _penalised(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     return token_logits
 
 
-def _draw(token_logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
+def _draw(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:
     """Inverse-CDF sampling over the tokens that top-k, top-p and min-p leave.
 
     In the order of the vocabulary: by likelihood, tokens nearly alike would change places with the batch's rounding.

@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from service.engine.selection import Mode, Selection
 from service.engine.sequence import Sequence, SequenceStatus
 
-Lengths = SequenceOf[int]
+Lengths = Seq[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Chunk:
     """The next `tokens` of a sequence's prompt."""
 
     sequence: Sequence
-    tokens: SequenceOf[int]
+    tokens: Seq[int]
 
 
 class Scheduler:

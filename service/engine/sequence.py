@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -98,5 +98,5 @@ class Sequence:
     def last_token(self) -> int:
         return self.output_ids[-1]
 
-    def all_ids(self) -> SequenceOf[int]:
+    def all_ids(self) -> Seq[int]:
         return (*self.request.prompt_ids, *self.output_ids)

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
 
@@ -100,7 +100,7 @@ class Worker:
         self._decode([sequence for sequence in decoding if sequence.status is SequenceStatus.RUNNING])
         self._drop_finished()
 
-    def fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> FoldReport:
+    def fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> FoldReport:
         """Folds a selection into the base weights now. The next step restores them if its rows want something else."""
         began = time.perf_counter()
         weights = [adapter.weight for adapter in selection.adapters]
@@ -128,7 +128,7 @@ class Worker:
         for row, sequence in enumerate(joining, first):
             self._take_prefix(row, sequence)
 
-    def _fits(self, lengths: SequenceOf[int]) -> bool:
+    def _fits(self, lengths: Seq[int]) -> bool:
         """Whether rows of these lengths fit; cached prefixes make room for them."""
         spare = self._runner.spare(lengths)
         if self._prefixes is not None and spare >= 0:
@@ -174,7 +174,7 @@ class Worker:
             if not _broken(token_logits):
                 self._keep_prefix(sequence)
 
-    def _together(self, chunks: SequenceOf[Chunk]) -> Iterable[list[Chunk]]:
+    def _together(self, chunks: Seq[Chunk]) -> Iterable[list[Chunk]]:
         """The chunks that may share a forward."""
         forwards: dict[int, list[Chunk]] = {}
         for chunk in chunks:
@@ -204,7 +204,7 @@ class Worker:
             self._scheduler.charge(sequence, 1)
         self._take_tokens(answers)
 
-    def _forward(self, sequences: list[Sequence], tokens: list[SequenceOf[int]]) -> list[Answer]:
+    def _forward(self, sequences: list[Sequence], tokens: list[Seq[int]]) -> list[Answer]:
         """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
         for sequence in sequences:
             self._owners[sequence][0].mark_step(folded=self._folded is not None)
@@ -235,7 +235,7 @@ class Worker:
         if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
             self._try_fold(wanted, self._owners[running[0]][0].factors)
 
-    def _try_fold(self, selection: Selection, factors: SequenceOf[AdapterFactors]) -> None:
+    def _try_fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
         """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
         try:
             self.fold(selection, factors)
@@ -326,7 +326,7 @@ class Worker:
             self._stack = FactorStack(())
             self._unfoldable.clear()
 
-    def _fail(self, sequences: SequenceOf[Sequence], error: Exception) -> None:
+    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
         """Ends the requests of these sequences; raises again what no request can be blamed for."""
         if is_fatal(error):
             raise error
