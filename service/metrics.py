@@ -90,4 +90,8 @@ class _Server(Collector):
         yield GaugeMetricFamily("vblora_batch_adapters", "Distinct adapters in the batch.", stats.distinct_adapters)
         yield CounterMetricFamily("vblora_prompt_tokens", "Prompt tokens run.", stats.prompt_tokens)
         yield CounterMetricFamily("vblora_completion_tokens", "Tokens generated.", stats.completion_tokens)
+        yield CounterMetricFamily(
+            "vblora_prefix_tokens", "Prompt tokens found in the prefix cache instead.", stats.prefix_tokens
+        )
+        yield GaugeMetricFamily("vblora_prefix_bytes", "Memory of the prefix cache.", stats.prefix_bytes)
         yield CounterMetricFamily("vblora_folds", "Times a selection was folded into the base weights.", stats.folds)

@@ -11,7 +11,7 @@ from service.metrics import PrometheusMetrics
 
 class Engine:
     def stats(self) -> EngineStats:
-        return EngineStats(waiting=1, running=2, distinct_adapters=3, prompt_tokens=40, completion_tokens=50, folds=6)
+        return EngineStats(1, 2, 3, prompt_tokens=40, completion_tokens=50, folds=6, prefix_tokens=60, prefix_bytes=70)
 
 
 class Registry:
@@ -52,6 +52,8 @@ def test_a_scrape_asks_engine_registry_and_store() -> None:
         "vblora_prompt_tokens_total": 40,
         "vblora_completion_tokens_total": 50,
         "vblora_folds_total": 6,
+        "vblora_prefix_tokens_total": 60,
+        "vblora_prefix_bytes": 70,
         "vblora_adapters": 7,
         "vblora_adapter_resident_bytes{kind=compact}": 100,
         "vblora_adapter_resident_bytes{kind=factors}": 200,
