@@ -6,7 +6,10 @@ import asyncio
 import json
 import logging
 import math
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +37,7 @@ _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
     setup_logging(format=settings.log_format, level=settings.log_level)
+    end_on_sigterm()
     log.info("settings", extra=settings.shown())
     with listening(settings.host, settings.port) as listener:
         if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
@@ -55,6 +59,12 @@ def run(settings: Settings) -> int:
             server.close()
     log.info("stopped")
     return 0
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends the process also while the model loads; a container's first process would ignore it by default."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from service.assembly import build_server
+from service.assembly import Server, build_server
 from service.commands import CommandError
-from service.commands.serve import listening, url_of
+from service.commands.serve import end_on_sigterm, listening, url_of
 from service.commands.serve import serve as serve_until_stopped
 from service.demo.styles import PROMPTS
 from service.demo.tour import Tour
+from service.engine.seam import EngineState
 from service.logs import setup_logging
 from service.settings import Settings, default_data_dir
 
@@ -50,6 +51,7 @@ def main(settings: Settings, *, check: bool, serve: bool) -> int:
     """
     card = _read_card()
     setup_logging(format=settings.log_format, level="warning" if settings.log_level == "info" else settings.log_level)
+    end_on_sigterm()
     outcome = _Outcome()
     with ExitStack() as opened:
         settings = replace(settings, model=str(ASSETS / "base"), served_model_name=BASE_ID)
@@ -61,7 +63,7 @@ def main(settings: Settings, *, check: bool, serve: bool) -> int:
         opened.callback(server.close)
 
         def announce() -> None:
-            arguments = (url_of(listener), card, outcome, serve and not check)
+            arguments = (server, url_of(listener), card, outcome, serve and not check)
             threading.Thread(target=_guide, args=arguments, name="vblora-tour", daemon=True).start()
 
         serve_until_stopped(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
@@ -76,11 +78,13 @@ def _read_card() -> dict[str, Any]:
     return card
 
 
-def _guide(url: str, card: dict[str, Any], outcome: _Outcome, stay: bool) -> None:
+def _guide(server: Server, url: str, card: dict[str, Any], outcome: _Outcome, stay: bool) -> None:
     """On a thread of its own, beside the server: shows everything, then ends the server unless it is to stay."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     try:
-        with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
+        # A container may have no /etc/hosts to look localhost up in.
+        address = url.replace("//localhost", "//127.0.0.1")
+        with httpx.Client(base_url=address, timeout=_TIMEOUT_S, trust_env=False) as client:
             tour = Tour(client, ASSETS / "adapters", card["blend"]["adapters"], console)
             console.print(f"serving {BASE_ID} ({card['base']['parameters']:,} parameters) at {url}")
             tour.upload()
@@ -90,6 +94,8 @@ def _guide(url: str, card: dict[str, Any], outcome: _Outcome, stay: bool) -> Non
             if stay:
                 tour.show_commands(url)
     except Exception as error:
+        if server.engine.state is not EngineState.READY:
+            return  # it was stopped before the tour was over
         outcome.error = error
         stay = False
     if not stay:

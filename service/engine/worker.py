@@ -175,10 +175,11 @@ class Worker:
                 self._keep_prefix(sequence)
 
     def _together(self, chunks: Seq[Chunk]) -> Iterable[list[Chunk]]:
-        """The chunks that may share a forward."""
+        """The chunks that share a forward: of one length, or of similar ones, since padding is computed too."""
         forwards: dict[int, list[Chunk]] = {}
         for chunk in chunks:
-            forwards.setdefault(0 if self._runner.ragged else len(chunk.tokens), []).append(chunk)
+            length = len(chunk.tokens)
+            forwards.setdefault(length.bit_length() if self._runner.ragged else length, []).append(chunk)
         return forwards.values()
 
     def _keep_prefix(self, sequence: Sequence) -> None:
