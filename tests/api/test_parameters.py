@@ -80,3 +80,17 @@ def test_what_cannot_be_estimated_is_refused(
     server: Server, body: Any, status: int, code: str, param: str | None
 ) -> None:
     assert error_of(estimate(server, **body), status, code)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "full", "compact", "lora"),
+    [(4096, 32 * 4, 998_400, 39_936, 4_194_304), (768, 12 * 2, 49_920, 16_224, 147_456)],
+    ids=["a 7B model's attention", "opt-125m, q and v"],
+)
+def test_the_worked_examples(server: Server, width: int, layers: int, full: int, compact: int, lora: int) -> None:
+    config = {"r": 4, "num_vectors": 60, "vector_length": 256, "topk": 2}
+    shapes = [{"name": f"layer.{i}", "in_features": width, "out_features": width} for i in range(layers)]
+    for stored_compact, expected in ((False, full), (True, compact)):
+        body = {**config, "save_only_topk_weights": stored_compact}
+        count = estimate(server, config=body, layers=shapes).json()
+        assert (count["vblora_params"], count["full_logits_params"], count["lora_params"]) == (expected, full, lora)
