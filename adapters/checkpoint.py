@@ -26,7 +26,9 @@ from adapters.vector_bank import VectorBank
 
 _INDEX_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 
-_LARGEST_IN_BANK = torch.finfo(torch.float32).max / 2
+# In a batch every row meets every adapter's factors, and what is not its own is multiplied by 0: products of one
+# adapter's bank and another row's activations must be finite. Trained banks hold numbers below 1.
+LARGEST_IN_BANK = 1e15
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -192,10 +194,10 @@ def _finite(key: str, tensor: Tensor) -> Tensor:
 
 
 def _checked_bank(vectors: Tensor) -> Tensor:
-    """Finite, and so are mixtures of it: an infinite factor would become NaN in other rows of its batch."""
+    """Finite, and so small that its products stay finite: infinity would become NaN in other rows of its batch."""
     _finite(BANK_KEY, vectors)
-    if bool((vectors.abs() > _LARGEST_IN_BANK).any()):
-        raise NonFinite(f"{BANK_KEY} holds numbers so large that mixtures of them overflow", subject=BANK_KEY)
+    if bool((vectors.abs() > LARGEST_IN_BANK).any()):
+        raise NonFinite(f"{BANK_KEY} holds numbers beyond {LARGEST_IN_BANK:g}; was the run healthy?", subject=BANK_KEY)
     return vectors
 
 

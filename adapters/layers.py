@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
-from adapters.low_rank import AdapterFactors, LayerFactors, LowRankBatch
+from adapters.low_rank import LowRankBatch
 from adapters.replacements import is_replaceable
 from adapters.targets import BaseModules
-
-__all__ = ["AdaptedModel", "AdaptedModule", "AdapterFactors", "LayerFactors", "LowRankBatch"]
 
 
 class AdaptedModule(nn.Module):
@@ -21,18 +21,18 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._name = name
-        # In a list, so that the module tree stays a tree: the model must not become a submodule of its own layer.
-        self._model = [model]
+        # In a tuple, where modules do not count as submodules: the tree must stay a tree, and be quick to read.
+        self._held = (base_layer, model)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = self._model[0].batch
+        base_layer, model = self._held
+        batch = model.batch
         if batch is None:
-            plain: Tensor = self.base_layer(x)
+            plain: Tensor = base_layer(x)
             return plain
-        replacements = batch.replacements(self._name, self.base_layer)
-        output: Tensor = self.base_layer(x) if replacements is None else replacements.run(self.base_layer, x)
-        mix = batch.mix(self._name)
-        return output if mix is None else mix.add_to(output, x)
+        replacements = batch.replacements(self._name, base_layer)
+        output: Tensor = base_layer(x) if replacements is None else replacements.run(base_layer, x)
+        return batch.add_delta(self._name, output, x)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         # Models read `weight`, `bias` or `in_features` of their own layers.
@@ -57,6 +57,7 @@ class AdaptedModel:
         self.modules = modules
         self.batch: LowRankBatch | None = None
         self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
+        self.siblings: Mapping[str, Sequence[str]] = {}  # of a linear layer, those that read the same input
         self._leaves: dict[str, nn.Module] = {
             name: module for name, module in model.named_modules() if name in modules.layers or is_replaceable(module)
         }
@@ -99,3 +100,37 @@ class AdaptedModel:
             yield
         finally:
             self.batch = previous
+            if batch is not None:
+                batch.forget_input()
+
+    @contextmanager
+    def finding_siblings(self) -> Iterator[None]:
+        """Learns from the forward inside which linear layers read the same input: they are given the same tensor."""
+        seen: list[tuple[str, Tensor]] = []
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(partial(_note_input, seen, name))
+            for name in self.modules.layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.siblings = _siblings(seen)
+
+
+def _note_input(seen: list[tuple[str, Tensor]], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen.append((name, inputs[0]))
+
+
+def _siblings(seen: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[str, ...]]:
+    """Runs of neighbours that were given the very same tensor. A layer that ran twice has none: its inputs differ."""
+    runs: list[list[str]] = []
+    previous: Tensor | None = None
+    for name, x in seen:
+        if x is not previous:
+            runs.append([])
+        runs[-1].append(name)
+        previous = x
+    often = {name for name, times in Counter(name for name, _ in seen).items() if times > 1}
+    return {name: tuple(run) for run in runs for name in run if not often & set(run)}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from adapters.compose import delta
 from adapters.errors import InvalidSelection
+from adapters.factors import AdapterFactors
 from adapters.layers import AdaptedModel
-from adapters.low_rank import AdapterFactors
 from adapters.replacements import blended
 from adapters.targets import is_conv1d
 

@@ -30,9 +30,9 @@ from adapters.errors import (
     CheckpointError,
     StoreError,
 )
+from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
 from adapters.layout import read_layout
-from adapters.low_rank import AdapterFactors, LayerFactors
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from adapters.low_rank import AdapterFactors, LowRankBatch
+from adapters.factors import AdapterFactors, FactorStack
+from adapters.low_rank import LowRankBatch
 from benchmarks.sizes import EngineSizes
 from benchmarks.stage import Stage, selections
 from benchmarks.timing import Spent, median_ratio, median_wall, timed
@@ -43,7 +44,9 @@ def measure_decode_step(stage: Stage, sizes: EngineSizes, names: Sequence[str], 
     registry = stage.registry()
     factors = [registry.pin(selection.adapters[0].digest) for selection in selections(stage, names)]
     prompts = [random_prompt(sizes.decode_context, sizes.model.vocabulary, seed=row) for row in range(sizes.rows)]
-    mixes = {str(k): mixed(factors[:k], sizes.rows) for k in distinct_counts(sizes)}
+    Rows(stage, prompts[:1], None)  # finds out which layers read the same input
+    stacks = {k: FactorStack(stage.base.adapted.siblings) for k in distinct_counts(sizes)}
+    mixes = {str(k): mixed(factors[:k], sizes.rows, stack) for k, stack in stacks.items()}
     spent: dict[str, list[Spent]] = {name: [] for name in (BASE, *mixes)}
     for _ in range(rounds):
         batches = {BASE: Rows(stage, prompts, None)}
@@ -66,11 +69,11 @@ def distinct_counts(sizes: EngineSizes) -> list[int]:
     return [1, 4, sizes.rows] if sizes.rows > 4 else [1, sizes.rows]
 
 
-def mixed(factors: Sequence[AdapterFactors], rows: int) -> LowRankBatch:
+def mixed(factors: Sequence[AdapterFactors], rows: int, stack: FactorStack) -> LowRankBatch:
     """Row i runs adapter i, counted round."""
     weights = torch.zeros(rows, len(factors))
     weights[torch.arange(rows), torch.arange(rows) % len(factors)] = 1.0
-    return LowRankBatch(list(factors), weights)
+    return LowRankBatch(list(factors), weights, stack)
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from service.api.sources import OPTIONAL_FILES, REQUIRED_FILES
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
 from service.engine.seam import Engine
+from service.engine.threads import compute_with, in_own_thread
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
 from service.settings import Settings, SettingsError, load_api_keys
@@ -52,31 +54,20 @@ def build_server(settings: Settings) -> Server:
     """
     assert settings.model is not None
     api_keys = load_api_keys(settings.api_key_file) if settings.api_key_file else frozenset[str]()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    threads = settings.threads or torch.get_num_threads()
+    compute_with(1)
     with ExitStack() as opened:
         # Before the model, which takes longer: a directory that another server owns is known at once.
         names = identify(settings.model, settings.served_model_name, settings.base_alias).names
         store = AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=names)
         opened.callback(store.close)
-        base = _load_base(settings)
+        base = in_own_thread(threads, partial(_load_base, settings))
         registry = AdapterRegistry(
             store, base.adapted, base.identity, factor_budget=settings.adapter_memory, device=base.device
         )
         register_all(registry, settings.adapter)
-        engine = build_engine(
-            base,
-            registry,
-            EngineOptions(
-                max_batch_size=settings.max_batch_size,
-                max_queue=settings.max_queue,
-                max_context=settings.max_context,
-                kv_memory=settings.kv_memory,
-                prefill_tokens=settings.prefill_tokens,
-                prefix_cache=settings.prefix_cache,
-                auto_merge=settings.auto_merge,
-            ),
-        ).start()
+        engine = in_own_thread(threads, partial(build_engine, base, registry, _engine_options(settings))).start()
+        compute_with(1)  # as the engine's thread was not: what computes from here on does so alone
         opened.callback(engine.stop)
         state = ServerState(
             settings=_api_settings(settings, base, api_keys),
@@ -145,6 +136,18 @@ def _load_base(settings: Settings) -> LoadedBase:
     facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
     log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
     return base
+
+
+def _engine_options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        max_batch_size=settings.max_batch_size,
+        max_queue=settings.max_queue,
+        max_context=settings.max_context,
+        kv_memory=settings.kv_memory,
+        prefill_tokens=settings.prefill_tokens,
+        prefix_cache=settings.prefix_cache,
+        auto_merge=settings.auto_merge,
+    )
 
 
 def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]) -> ApiSettings:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapters.layers import LowRankBatch
+from adapters.low_rank import LowRankBatch
 from service.engine.kv.backend import Blocks
 
 VOCABULARY = 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from adapters.factors import FactorStack
 from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
 from service.engine.auto_merge import AutoMerge
@@ -44,17 +45,21 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
         raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
+    limits = _limits(options) if batches else Limits.solo()
+    max_context = options.max_context or base.context
+    runner.kv.reserve(limits.max_batch_size + limits.reserve, max_context)
     worker = Worker(
         runner,
         Merger(base.adapted),
-        _limits(options) if batches else Limits.solo(),
+        limits,
         base.eos_token_ids,
         # Half of the memory at most: what rows need comes first, and shrinks the cache when it must.
         PrefixCache(options.kv_memory // 2) if options.prefix_cache and batches else None,
         AutoMerge() if options.auto_merge else None,
+        FactorStack(base.adapted.siblings),
     )
-    limits = EngineLimits(options.max_context or base.context, base.vocabulary, options.max_queue)
-    return BatchEngine(worker, registry, base.tokenizer, limits, kv_backend=runner.kv.name if batches else "solo")
+    doors = EngineLimits(max_context, base.vocabulary, options.max_queue)
+    return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=runner.kv.name if batches else "solo")
 
 
 def _limits(options: EngineOptions) -> Limits:

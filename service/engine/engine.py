@@ -15,7 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from adapters.low_rank import AdapterFactors
+import torch
+
+from adapters.factors import AdapterFactors
 from adapters.merge import FoldReport
 from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
@@ -25,6 +27,7 @@ from service.engine.job import Job, make_job
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SequenceStatus
+from service.engine.threads import compute_with
 from service.engine.worker import Worker, failure
 
 log = logging.getLogger(__name__)
@@ -60,17 +63,20 @@ class BatchEngine:
         self._decoder = decoder
         self._limits = limits
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="vblora-loader")
+        self._threads = torch.get_num_threads()  # the model's thread computes with as many as the one that builds it
+        self._loaders = ThreadPoolExecutor(_LOADERS, "vblora-loader", initializer=compute_with, initargs=(1,))
         self._changed = threading.Condition()  # guards _jobs and _state
         self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
         self._parked: list[Job] = []  # accepted, waiting for memory for their adapters
         self._folds: set[Future[FoldReport]] = set()  # asked for and not answered
         self._state = EngineState.READY
         self._stopping = threading.Lock()
+        self._begun = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vblora-engine", daemon=True)
 
     def start(self) -> BatchEngine:
         self._thread.start()
+        self._begun.wait()
         return self
 
     # --- called from any thread -------------------------------------------------------------------
@@ -241,6 +247,8 @@ class BatchEngine:
     # --- on the model's thread --------------------------------------------------------------------
 
     def _run(self) -> None:
+        compute_with(self._threads)
+        self._begun.set()
         try:
             while self._state is not EngineState.STOPPED:
                 self._take_in()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.low_rank import AdapterFactors
+from adapters.factors import AdapterFactors
 from service.engine.detokenizer import Decoder, TextStream
 from service.engine.events import (
     Event,

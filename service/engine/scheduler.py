@@ -132,6 +132,20 @@ class Scheduler:
         self._served = {share: served for share, served in self._served.items() if share in shares}
         return order
 
+    def line_up(self) -> list[int] | None:
+        """Puts the rows that decode before those whose prompts still run; their new order, None when all stay."""
+        decoding = sum(not sequence.is_prefilling for sequence in self._running)
+        late = [row for row in range(decoding, len(self._running)) if not self._running[row].is_prefilling]
+        if not late:
+            return None
+        order = list(range(len(self._running)))
+        for row in range(decoding):
+            if self._running[row].is_prefilling:
+                other = late.pop()
+                order[row], order[other] = other, row
+        self._running = [self._running[row] for row in order]
+        return order
+
     def _next(self, ready: Callable[[Sequence], bool]) -> Sequence | None:
         """The first of the share served least, among those that are ready and that there is a row for."""
         room = self._limits.max_batch_size - len(self._running)

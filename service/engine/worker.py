@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterError
-from adapters.low_rank import AdapterFactors, FactorStack, LowRankBatch
+from adapters.factors import AdapterFactors, FactorStack
+from adapters.low_rank import LowRankBatch
 from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
@@ -37,7 +38,7 @@ from service.engine.sequence import Sequence, SequenceStatus
 log = logging.getLogger(__name__)
 
 _MIXES_KEPT = 4
-_SPARE_ADAPTERS = 4  # that a stack may hold beside those in use, rather than be made anew
+_IDLE_RANKS = 512  # a stack that has grown beyond it is let go of when nothing runs
 
 Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
 
@@ -53,6 +54,7 @@ class Worker:
         eos_token_ids: frozenset[int] = frozenset(),
         prefixes: PrefixCache | None = None,
         auto_merge: AutoMerge | None = None,
+        stack: FactorStack | None = None,
     ) -> None:
         self._runner = runner
         self._merger = merger
@@ -63,7 +65,7 @@ class Worker:
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._folded: Selection | None = None
         self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
-        self._stack = FactorStack(())
+        self._stack = stack if stack is not None else FactorStack()
         self._unfoldable: set[object] = set()
         self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = 0
 
@@ -93,6 +95,7 @@ class Worker:
         """A part of the prompts of those that joined, and one token of every other row."""
         self._drop_finished()
         self._join()
+        self._line_up()
         self._fold_or_restore()
         decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
         self._prefill()
@@ -127,6 +130,12 @@ class Worker:
             return
         for row, sequence in enumerate(joining, first):
             self._take_prefix(row, sequence)
+
+    def _line_up(self) -> None:
+        """Rows that decode stand before those whose prompts still run, so that the model reads them in place."""
+        rows = self._scheduler.line_up()
+        if rows is not None:
+            self._runner.keep(rows)
 
     def _fits(self, lengths: Seq[int]) -> bool:
         """Whether rows of these lengths fit; cached prefixes make room for them."""
@@ -248,7 +257,9 @@ class Worker:
 
     def _low_rank(self, sequences: list[Sequence]) -> LowRankBatch | None:
         """The low-rank part for these rows, kept from earlier steps whose rows had the same selections."""
-        mix = tuple(sequence.selection.key for sequence in sequences)
+        # All rows that run, not only these: a step's forwards must not push each other's adapters out.
+        self._stack.hold(self._factors_of(self._scheduler.running).values())
+        mix = self._stack.generation, tuple(sequence.selection.key for sequence in sequences)
         if mix not in self._mixes:
             self._mixes[mix] = self._mixed_batch(sequences)
         self._mixes.move_to_end(mix)
@@ -257,28 +268,19 @@ class Worker:
         return self._mixes[mix]
 
     def _mixed_batch(self, sequences: list[Sequence]) -> LowRankBatch | None:
-        factors: dict[str, AdapterFactors] = {}
-        for sequence in sequences:
-            factors.update({adapter.digest: adapter for adapter in self._owners[sequence][0].factors})
+        factors = self._factors_of(sequences)
         if not factors:
             return None
-        stack = self._stack_of(factors)
-        weights = torch.zeros(len(sequences), len(stack.adapters))
+        column = {digest: i for i, digest in enumerate(factors)}
+        weights = torch.zeros(len(sequences), len(factors))
         for row, sequence in enumerate(sequences):
             for adapter in sequence.selection.adapters:
-                weights[row, stack.column[adapter.digest]] += adapter.weight
-        return LowRankBatch(stack, weights)
+                weights[row, column[adapter.digest]] += adapter.weight
+        return LowRankBatch(list(factors.values()), weights, self._stack)
 
-    def _stack_of(self, factors: dict[str, AdapterFactors]) -> FactorStack:
-        """The last stack again while it holds these adapters and not many others; else a new one."""
-        last = self._stack
-        spare = len(last.adapters) - len(factors)
-        if spare > len(factors) + _SPARE_ADAPTERS or any(
-            digest not in last.column or last.adapters[last.column[digest]] is not adapter
-            for digest, adapter in factors.items()
-        ):
-            self._stack = FactorStack(list(factors.values()))
-        return self._stack
+    def _factors_of(self, sequences: Iterable[Sequence]) -> dict[str, AdapterFactors]:
+        """By digest."""
+        return {factors.digest: factors for sequence in sequences for factors in self._owners[sequence][0].factors}
 
     # --- tokens -----------------------------------------------------------------------------------
 
@@ -324,7 +326,8 @@ class Worker:
             del self._owners[sequence]
         if not alive:
             self._mixes.clear()  # lets go of factors that may be evicted now
-            self._stack = FactorStack(())
+            if self._stack.ranks > _IDLE_RANKS:
+                self._stack.clear()
             self._unfoldable.clear()
 
     def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:

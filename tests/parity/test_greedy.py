@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adapters.layers import AdaptedModel, AdapterFactors, LowRankBatch
+from adapters.factors import AdapterFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import LowRankBatch
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_greedy, peft_reference, tiny_model, widen_adapter
 from tests.unit.adapters.support import adapted, alone, factors, token_logits
 

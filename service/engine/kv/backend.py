@@ -43,6 +43,10 @@ class KVBackend(Protocol):
         """Bytes of the budget left beside rows grown to these lengths; negative if they do not fit. From any thread."""
         ...
 
+    def reserve(self, rows: int, longest: int) -> None:
+        """Makes room ahead, where that saves copying, for so many rows of up to `longest` tokens."""
+        ...
+
     def add(self, rows: int) -> None:
         """Adds empty rows after those there."""
         ...

@@ -46,6 +46,9 @@ class RowsBackend:
         needed = len(lengths) * max(lengths, default=0) * self._bytes_per_token
         return self._budget - max(needed, self.nbytes)
 
+    def reserve(self, rows: int, longest: int) -> None:
+        """Nothing: its tensors are made anew with every token."""
+
     def add(self, rows: int) -> None:
         if self._cache is not None:
             padded = _snapshot(self._cache)

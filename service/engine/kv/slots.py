@@ -3,10 +3,15 @@
 Tokens stand at their own positions, so rows of different lengths need no padding, joining copies nothing, and a step
 over neighbouring rows reads views. Attention gets an explicit mask. Right for full attention with explicit positions,
 which the self-test at load finds out.
+
+Growing copies everything there is, and a step waits for it; so room for a whole batch is reserved at load, as far as
+memory allows. On a CPU that costs nothing until it is used: pages come from the system, zero, when first written.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,14 +78,19 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = _moved(self.keys, slots, columns)
             self.values = _moved(self.values, slots, columns)
 
-    def clear(self, slots: Sequence[int]) -> None:
+    def clear(self, slots: Sequence[int], columns: int) -> None:
         if self.is_initialized and slots:
-            self.keys[slots], self.values[slots] = 0, 0
+            self.keys[slots, :, :columns], self.values[slots, :, :columns] = 0, 0
 
 
 def _empty(states: Tensor, slots: int, columns: int) -> Tensor:
     # Zeros: a masked column's value is multiplied by 0, and what a row has not written must not be NaN.
-    return states.new_zeros(slots, states.shape[1], columns, states.shape[3])
+    shape = slots, states.shape[1], columns, states.shape[3]
+    if states.device.type != "cpu" or not math.prod(shape):
+        return states.new_zeros(shape)
+    # PyTorch would write the zeros, a second for half a gigabyte. Fresh pages of the system are zero already.
+    pages = mmap.mmap(-1, math.prod(shape) * states.element_size())
+    return torch.frombuffer(pages, dtype=states.dtype).view(shape)
 
 
 def _moved(old: Tensor, slots: int, columns: int) -> Tensor:
@@ -96,11 +106,11 @@ def _put(store: Tensor, states: Tensor, window: _Window) -> Tensor:
         store[window.rows, :, window.run] = states
     else:
         store[window.row_index, :, window.columns] = states.transpose(1, 2)
-    return store[window.rows][:, :, : window.length]
+    return store[:, :, : window.length][window.rows]  # in this order: gathered rows are copied
 
 
 class SlotBackend:
-    """Implements `KVBackend`. The slots grow generously, in powers of two, within half of the budget.
+    """Implements `KVBackend`. Beyond what is reserved, slots grow in powers of two within half of the budget.
 
     The other half is for prefixes; rows may take it too, but no more of it than they need, in blocks of 64 columns.
     `bytes_per_token` is of all layers together; 0 before the first forward.
@@ -117,8 +127,10 @@ class SlotBackend:
         self._device = device
         self._budget = budget_bytes
         self._lengths: list[int] = []
+        self._written: list[int] = []  # columns of each row that may hold something, also what a failed forward left
+        self._floor = 1, _BLOCK  # slots and columns that are never given back
         self._pending: tuple[list[int], list[int]] | None = None
-        self.slots, self.columns = 1, _BLOCK
+        self.slots, self.columns = self._floor
         self.bytes_per_token = 0
         self.window: _Window
 
@@ -137,9 +149,23 @@ class SlotBackend:
         needed = self._bytes(len(lengths), _in_blocks(max(lengths))) if lengths else 0
         return self._budget - max(needed, self.nbytes)
 
+    def reserve(self, rows: int, longest: int) -> None:
+        """Makes room for so many rows as long as half of the budget allows, `longest` at most, and keeps it.
+
+        After the first forward, which tells what a token takes; without rows.
+        """
+        assert self.bytes_per_token
+        assert not self.rows
+        affordable = self._budget // 2 // (rows * self.bytes_per_token) - 1
+        columns = min(_in_blocks(longest), affordable // _BLOCK * _BLOCK)
+        if columns >= _BLOCK:
+            self._floor = rows, columns
+            self._resize(rows, columns)
+
     def add(self, rows: int) -> None:
         self._make_room(self.rows + rows, 1)
         self._lengths += [0] * rows
+        self._written += [0] * rows
 
     def begin(self, rows: Sequence[int], counts: Sequence[int]) -> StepInputs:
         starts = [self._lengths[row] for row in rows]
@@ -158,6 +184,8 @@ class SlotBackend:
             run=slice(starts[0], length) if uniform else None,
             length=length,
         )
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            self._written[row] = max(self._written[row], start + count)
         self._pending = list(rows), list(counts)
         positions = positions.masked_fill(padding, 0).to(self._device)
         return StepInputs(self._cache, self._mask(positions, padding, uniform, starts[0]), positions)
@@ -182,13 +210,14 @@ class SlotBackend:
         moves = [(to, row) for to, row in enumerate(rows) if to != row]
         if moves:
             to, row = (torch.tensor(index, device=self._device) for index in zip(*moves, strict=True))
-            length = max(self._lengths[each] for _, each in moves)
+            length = max(self._written[place] for move in moves for place in move)  # zeros too, over what was there
             for layer in self._layers:
                 if layer.is_initialized:
                     layer.keys[to, :, :length] = layer.keys[row, :, :length]
                     layer.values[to, :, :length] = layer.values[row, :, :length]
         self._clear(range(len(rows), self.rows))
         self._lengths = [self._lengths[row] for row in rows]
+        self._written = [self._written[row] for row in rows]
         self._shrink()
 
     def read(self, row: int, start: int, end: int) -> Blocks:
@@ -204,6 +233,7 @@ class SlotBackend:
             layer.keys[row, :, start:end] = keys
             layer.values[row, :, start:end] = values
         self._lengths[row] = end
+        self._written[row] = max(self._written[row], end)
 
     def _make_room(self, rows: int, longest: int) -> None:
         """For so many rows, one of which grows to `longest`."""
@@ -217,18 +247,22 @@ class SlotBackend:
 
     def _shrink(self) -> None:
         """Gives memory back when no row is left, or when the rows that are left need far less than is taken."""
-        slots, columns = _bucket(self.rows, 1), _bucket(max(self._lengths, default=1), _BLOCK)
+        slots = max(self._floor[0], _bucket(self.rows, 1))
+        columns = max(self._floor[1], _bucket(max(self._lengths, default=1), _BLOCK))
         if not self.rows or self.nbytes > self._budget // 2 >= 2 * self._bytes(slots, columns):
             self._resize(slots, columns)
 
     def _clear(self, slots: Sequence[int]) -> None:
+        columns = max((self._written[slot] for slot in slots), default=0)
         for layer in self._layers:
-            layer.clear(slots)
+            layer.clear(slots, columns)
 
     def _bytes(self, slots: int, columns: int) -> int:
         return slots * (columns + 1) * self.bytes_per_token
 
     def _resize(self, slots: int, columns: int) -> None:
+        if (slots, columns) == (self.slots, self.columns):
+            return
         for layer in self._layers:
             layer.resize(slots, columns)
         self.slots, self.columns = slots, columns

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapters.checkpoint import TopKCheckpoint, read_checkpoint
-from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
+from adapters.factors import AdapterFactors, LayerFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import LowRankBatch
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.targets import BaseModules
 

@@ -196,7 +196,7 @@ DEFECTS = {
     "NaN in a full adapter's bank": (NonFinite, "full", BANK, put(NAN, (0, 0))),
     "inf in the bank": (NonFinite, "compact", BANK, put(INF, (3, 5))),
     "-inf in the bank": (NonFinite, "compact", BANK, put(-INF, (3, 5))),
-    "mixtures of the bank overflow": (NonFinite, "compact", BANK, put(3e38, (3, 5))),
+    "products of the bank overflow": (NonFinite, "compact", BANK, put(1.1e15, (3, 5))),
     "NaN weight": (NonFinite, "compact", WEIGHTS, put(NAN)),
     "inf weight": (NonFinite, "compact", WEIGHTS, put(INF)),
     "weight below 0": (BadWeights, "compact", WEIGHTS, put(-1e-6)),

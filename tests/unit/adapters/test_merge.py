@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import InvalidSelection
-from adapters.layers import AdaptedModel, AdapterFactors, LayerFactors, LowRankBatch
+from adapters.factors import AdapterFactors, LayerFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import LowRankBatch
 from adapters.merge import FoldReport, Merger
 from adapters.targets import BaseModules
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_logits, peft_reference, tiny_model

@@ -27,7 +27,8 @@ from adapters.errors import (
     StoreError,
     UnexpectedTensor,
 )
-from adapters.layers import AdaptedModel, AdapterFactors
+from adapters.factors import AdapterFactors
+from adapters.layers import AdaptedModel
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import AdapterRecord, AdapterStore, digest_of
 from tests.factories import WEIGHTS_FILE, AdapterSpec, make_adapter, rewrite, tiny_model

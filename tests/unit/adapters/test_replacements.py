@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from adapters.binding import BaseIdentity
 from adapters.errors import ShapeMismatch
-from adapters.layers import AdaptedModel, AdapterFactors, LowRankBatch
+from adapters.factors import AdapterFactors
+from adapters.layers import AdaptedModel
+from adapters.low_rank import LowRankBatch
 from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
 from adapters.replacements import blended, is_replaceable

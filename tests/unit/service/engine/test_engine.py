@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import pytest
 
 from adapters.errors import AdapterNotFound
-from adapters.layers import AdapterFactors
+from adapters.factors import AdapterFactors
 from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from adapters.errors import InvalidSelection
-from adapters.layers import AdapterFactors
+from adapters.factors import AdapterFactors
 from adapters.merge import FoldReport
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
 from service.engine.job import Job, make_job

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.low_rank import AdapterFactors
+from adapters.factors import AdapterFactors
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
 from service.engine.job import Job, make_job
 from service.engine.prefix_cache import BLOCK, PrefixCache
