@@ -8,16 +8,19 @@ that it takes in memory what it takes on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from adapters import compose
 from adapters.config import VBLoRAConfig
-from adapters.errors import BadIndex, BadWeights, InvalidSafetensors, NonFinite
+from adapters.errors import BadIndex, BadWeights, CheckpointError, InvalidSafetensors, NonFinite
 from adapters.layout import BANK_KEY, AdapterLayout, logits_key, read_layout
 from adapters.parameters import Storage, index_width
 from adapters.safetensors_header import WEIGHTS_FILE
@@ -29,6 +32,9 @@ _INDEX_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int3
 # In a batch every row meets every adapter's factors, and what is not its own is multiplied by 0: products of one
 # adapter's bank and another row's activations must be finite. Trained banks hold numbers below 1.
 LARGEST_IN_BANK = 1e15
+
+_READ_AT_ONCE = 32 << 20  # bytes
+_CHECKED_AT_ONCE = 1 << 20  # elements
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -60,12 +66,18 @@ class TopKCheckpoint:
         """All k weights of each position, [positions, topk] float32, the last one being the remainder."""
         return compose.remainder_weights(self.weights)
 
-    def factors(self) -> Iterator[tuple[LayerShape, Tensor, Tensor]]:
-        """Each layer with A [r, in] and Bᵀ [r, out], float32: the fast path, one composition for the whole adapter."""
-        tiles = compose.mixtures(self.indices, self.full_weights(), self.bank.vectors)
+    def factors(self, device: torch.device | None = None) -> Iterator[tuple[LayerShape, Tensor, Tensor]]:
+        """Each layer with A [r, in] and Bᵀ [r, out], float32: the fast path.
+
+        The whole adapter is composed at once, on `device`; its factors are views of one tensor and fill it.
+        """
+        r, length = self.config.r, self.config.vector_length
+        layers = tuple((layer.in_features // length, layer.out_features // length) for layer in self.layout.layers)
+        order = compose.factor_order(r, layers)
+        indices, weights = self.indices[order].to(device), self.full_weights()[order].to(device)
+        tiles = compose.mixtures(indices, weights, self.bank.vectors.to(device))
         for layer, rows_a, rows_b in self.layout.spans():
-            a = compose.factor_a(tiles[rows_a], self.config.r)
-            yield layer, a, compose.factor_b_transposed(tiles[rows_b], self.config.r)
+            yield layer, tiles[rows_a].view(r, -1), tiles[rows_b].view(r, -1)
 
     def to_logits(self) -> LogitsCheckpoint:
         """The same adapter with full logits, float32: -inf at every vector that was not chosen.
@@ -160,31 +172,85 @@ def read_checkpoint(directory: Path) -> TopKCheckpoint | LogitsCheckpoint:
     """
     layout = read_layout(directory)
     try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            # Copies: what the library returns are views of the mapped file, which change or vanish with it.
-            return _read_tensors(layout, lambda key: file.get_tensor(key).clone())
+        with _tensors_in(directory / WEIGHTS_FILE) as read:
+            return _READERS[layout.storage](layout, read)
     except SafetensorError as error:
         raise InvalidSafetensors(f"the weights cannot be read: {error}", subject=WEIGHTS_FILE) from error
 
 
-def _read_tensors(layout: AdapterLayout, read: ReadTensor) -> TopKCheckpoint | LogitsCheckpoint:
-    bank = VectorBank(_checked_bank(read(BANK_KEY)))
-    extras = {spec.key: _finite(spec.key, read(spec.key)) for spec in layout.extras}
-    keys = [logits_key(layer.name, side) for layer in layout.layers for side in ("A", "B")]
-    if layout.storage is Storage.LOGITS:
-        sides = [_checked_logits(key, read(key)) for key in keys]
-        pairs = zip(sides[::2], sides[1::2], strict=True)
-        names = (layer.name for layer in layout.layers)
-        return LogitsCheckpoint(layout, bank, dict(zip(names, pairs, strict=True)), extras)
+@contextmanager
+def _tensors_in(path: Path) -> Iterator[ReadTensor]:
+    """Reads tensors by key. A small file is read at once: a compact adapter has hundreds of small tensors."""
+    if path.stat().st_size <= _READ_AT_ONCE:
+        yield load(path.read_bytes()).__getitem__
+    else:
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor
+
+
+# What `read` returns may be a view of the mapped file, which changes or vanishes with it, so it is copied before it is
+# checked. A compact adapter's small tensors are packed first, and checked all at once.
+
+
+def _read_topk(layout: AdapterLayout, read: ReadTensor) -> TopKCheckpoint:
+    bank, extras = _read_others(layout, read)
     config = layout.config
-    indices = [_checked_indices(key, read(key), config) for key in (f"{key}_topk_indices" for key in keys)]
-    weights = [_checked_weights(key, read(key), config) for key in (f"{key}_topk_weights" for key in keys)]
-    # Tensors may differ in dtype; the packed one takes the narrowest that holds them all.
-    dtype = weights[0].dtype
-    for tensor in weights:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    packed = torch.cat([tensor.to(dtype) for tensor in weights])
-    return TopKCheckpoint(layout, bank, torch.cat(indices), packed, extras)
+    keys = [logits_key(layer.name, side) for layer in layout.layers for side in ("A", "B")]
+    indices = _packed([f"{key}_topk_indices" for key in keys], lambda key: _signed(read(key)))
+    weights = _packed([f"{key}_topk_weights" for key in keys], read)
+    _check_packed(indices, partial(_check_indices, num_vectors=config.num_vectors))
+    _check_packed(weights, partial(_check_weights, topk=config.topk))
+    return TopKCheckpoint(layout, bank, indices.tensor.to(_index_dtype(config)), weights.tensor, extras)
+
+
+def _read_logits(layout: AdapterLayout, read: ReadTensor) -> LogitsCheckpoint:
+    bank, extras = _read_others(layout, read)
+    logits = {}
+    for layer in layout.layers:
+        a, b = (_checked_logits(key, read(key).clone()) for key in (logits_key(layer.name, side) for side in "AB"))
+        logits[layer.name] = a, b
+    return LogitsCheckpoint(layout, bank, logits, extras)
+
+
+_READERS: Mapping[Storage, Callable[[AdapterLayout, ReadTensor], TopKCheckpoint | LogitsCheckpoint]] = {
+    Storage.TOPK: _read_topk,
+    Storage.LOGITS: _read_logits,
+}
+
+
+def _read_others(layout: AdapterLayout, read: ReadTensor) -> tuple[VectorBank, dict[str, Tensor]]:
+    extras = {spec.key: _finite(spec.key, read(spec.key).clone()) for spec in layout.extras}
+    return VectorBank(_checked_bank(read(BANK_KEY).clone())), extras
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packed:
+    """Tensors of the file one after the other in one, [positions, depth]. `parts` are (key, positions, dtype) of each.
+
+    Tensors may differ in dtype; the packed one has the narrowest that holds them all.
+    """
+
+    tensor: Tensor
+    parts: Sequence[tuple[str, int, torch.dtype]]
+
+
+def _packed(keys: Sequence[str], read: ReadTensor) -> _Packed:
+    tensors = [read(key).flatten(0, 1) for key in keys]
+    parts = [(key, len(tensor), tensor.dtype) for key, tensor in zip(keys, tensors, strict=True)]
+    return _Packed(torch.cat(tensors), parts)
+
+
+def _check_packed(packed: _Packed, check: Callable[[str, Tensor], None]) -> None:
+    """Runs a check of positions over everything at once, and part by part only to name the one at fault.
+
+    A part in a narrower dtype than the whole may also pass where the whole did not: rounding allows it more.
+    """
+    try:
+        check(WEIGHTS_FILE, packed.tensor)
+    except CheckpointError:
+        tensors = torch.split(packed.tensor, [positions for _, positions, _ in packed.parts])
+        for (key, _, dtype), tensor in zip(packed.parts, tensors, strict=True):
+            check(key, tensor.to(dtype))
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:
@@ -210,36 +276,44 @@ def _checked_logits(key: str, logits: Tensor) -> Tensor:
     return logits
 
 
-def _checked_indices(key: str, indices: Tensor, config: VBLoRAConfig) -> Tensor:
-    """[positions, topk] in PEFT's dtype. In range and distinct within each position, or BadIndex."""
-    wide = indices.to(torch.int64).flatten(0, 1)
-    if bool(((wide < 0) | (wide >= config.num_vectors)).any()):
-        raise BadIndex(
-            f"{key} holds an index outside the bank of {config.num_vectors} vectors (0 to {config.num_vectors - 1})",
-            subject=key,
-        )
-    ordered = wide.sort(-1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise BadIndex(f"{key} chooses the same vector twice in one position", subject=key)
-    return wide.to(_index_dtype(config))
+def _signed(indices: Tensor) -> Tensor:
+    """In a type that PyTorch computes with. What an int64 cannot hold becomes negative, and is refused as such."""
+    return indices.to(torch.int64) if indices.dtype in (torch.uint16, torch.uint32, torch.uint64) else indices
 
 
-def _checked_weights(key: str, weights: Tensor, config: VBLoRAConfig) -> Tensor:
-    """[positions, topk - 1]. Each in [0, 1] and no sum above 1 by more than rounding, or BadWeights."""
-    _finite(key, weights)
-    flat = weights.flatten(0, 1)
-    if bool(((flat < 0) | (flat > 1)).any()):
-        raise BadWeights(f"{key} holds a weight outside [0, 1]", subject=key)
+def _check_indices(key: str, indices: Tensor, num_vectors: int) -> None:
+    """Indices [positions, topk] in range and distinct within each position, or BadIndex."""
+    for some in _in_pieces(indices):
+        if bool(((some < 0) | (some.long() >= num_vectors)).any()):
+            raise BadIndex(
+                f"{key} holds an index outside the bank of {num_vectors} vectors (0 to {num_vectors - 1})",
+                subject=key,
+            )
+        ordered = some.sort(-1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            raise BadIndex(f"{key} chooses the same vector twice in one position", subject=key)
+
+
+def _check_weights(key: str, weights: Tensor, topk: int) -> None:
+    """Weights [positions, topk - 1], each in [0, 1] and no sum above 1 by more than rounding, or BadWeights."""
     # A softmax rounded to its storage dtype can sum to a little more than 1.
-    allowed = 1.0 + config.topk * torch.finfo(flat.dtype).eps
-    sums = flat.double().sum(-1)
-    if bool((sums > allowed).any()):
-        raise BadWeights(
-            f"{key} holds weights that sum to {float(sums.max()):.6g}; the stored topk - 1 weights must leave a "
-            "remainder of at least 0",
-            subject=key,
-        )
-    return flat
+    allowed = 1.0 + topk * torch.finfo(weights.dtype).eps
+    for some in _in_pieces(weights):
+        _finite(key, some)
+        if bool(((some < 0) | (some > 1)).any()):
+            raise BadWeights(f"{key} holds a weight outside [0, 1]", subject=key)
+        sums = some.double().sum(-1)
+        if bool((sums > allowed).any()):
+            raise BadWeights(
+                f"{key} holds weights that sum to {float(sums.max()):.6g}; the stored topk - 1 weights must leave a "
+                "remainder of at least 0",
+                subject=key,
+            )
+
+
+def _in_pieces(positions: Tensor) -> Sequence[Tensor]:
+    """Some positions at a time: checks take several times the memory of what they look at."""
+    return torch.split(positions, max(1, _CHECKED_AT_ONCE // max(1, positions.shape[-1])))
 
 
 def lower_to_sum_of_one(weights: Tensor) -> Tensor:

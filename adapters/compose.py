@@ -6,6 +6,8 @@ A *position* is one tile of A (rank row × input tile) or of B (output tile × r
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,19 +23,22 @@ def mixtures(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     return F.embedding_bag(indices.long(), bank.float(), per_sample_weights=weights.float(), mode="sum")
 
 
-def factor_a(tiles: Tensor, r: int) -> Tensor:
-    """A [r, in_features] from the tiles of its positions [r · in_tiles, vector_length]."""
-    return tiles.reshape(r, -1)
+@lru_cache(maxsize=32)
+def factor_order(r: int, layers: tuple[tuple[int, int], ...]) -> Tensor:
+    """The order of positions in which tiles, one after the other, make up the factors A and Bᵀ of every layer.
 
-
-def factor_b_transposed(tiles: Tensor, r: int) -> Tensor:
-    """Bᵀ [r, out_features] from the tiles of B's positions [out_tiles · r, vector_length].
-
-    The checkpoint orders them [out_tiles, r]; PEFT transposes to [out_tiles, vector_length, r] and flattens to
-    B [out_features, r]. The transpose is what a batched product reads, so that is what we build.
+    `layers` are (in_tiles, out_tiles). A checkpoint has A's positions [r, in_tiles], which is A [r, in_features]
+    already, and B's [out_tiles, r], which PEFT transposes to [out_tiles, vector_length, r] and flattens to
+    B [out_features, r]. Bᵀ is what a batched product reads; taking the positions in its order saves moving the tiles.
     """
-    by_tile = tiles.reshape(-1, r, tiles.shape[-1])  # [out_tiles, r, vector_length]
-    return by_tile.transpose(0, 1).reshape(r, -1)
+    order = torch.arange(sum(r * (in_tiles + out_tiles) for in_tiles, out_tiles in layers))
+    start = 0
+    for in_tiles, out_tiles in layers:
+        start += r * in_tiles
+        of_b = order[start : start + r * out_tiles]
+        of_b.copy_(of_b.reshape(out_tiles, r).T.flatten())
+        start += len(of_b)
+    return order
 
 
 def delta(a: Tensor, b: Tensor, *, transposed: bool = False) -> Tensor:

@@ -80,12 +80,7 @@ class VBLoRAConfig:
         Raises MissingTensor without the file, BadConfig for one that is malformed, UnsupportedCheckpoint for
         another `peft_type`.
         """
-        path = directory / CONFIG_FILE
-        if not path.is_file():
-            raise MissingTensor(f"no {CONFIG_FILE} in the adapter directory", subject=CONFIG_FILE)
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadConfig(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES:,} bytes", subject=CONFIG_FILE)
-        return cls.parse(path.read_bytes())
+        return cls.parse(read_config(directory))
 
     @classmethod
     def parse(cls, raw: bytes | str) -> VBLoRAConfig:
@@ -154,6 +149,16 @@ class VBLoRAConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def read_config(directory: Path) -> bytes:
+    """The bytes of an adapter's config. Raises MissingTensor without the file, BadConfig for one that is too large."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise MissingTensor(f"no {CONFIG_FILE} in the adapter directory", subject=CONFIG_FILE)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise BadConfig(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES:,} bytes", subject=CONFIG_FILE)
+    return path.read_bytes()
 
 
 class _Reader:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from adapters.config import VBLoRAConfig
+from adapters.config import VBLoRAConfig, read_config
 from adapters.errors import BadConfig, BadIndex, MissingTensor, ShapeMismatch, UnexpectedTensor
 from adapters.parameters import ParameterCount, Storage, count_parameters
-from adapters.safetensors_header import WEIGHTS_FILE, TensorSpec, read_header
+from adapters.safetensors_header import WEIGHTS_FILE, RawHeader, TensorSpec, parse_header, read_header
 from adapters.targets import LayerShape, check_targets
 
 BANK_KEY = "base_model.vblora_vector_bank"
@@ -72,9 +73,15 @@ def logits_key(module: str, side: str) -> str:
 def read_layout(directory: Path) -> AdapterLayout:
     """The layout of a PEFT adapter directory, from its config and the header of its weights: no tensor is read.
 
-    Raises a CheckpointError that names the file, the field or the tensor at fault.
+    Adapters whose config and header are the same to the byte share one layout: those of a family, say, that differ in
+    their tensors alone. Raises a CheckpointError that names the file, the field or the tensor at fault.
     """
-    return layout_of(VBLoRAConfig.read(directory), read_header(directory / WEIGHTS_FILE))
+    return _parsed(read_config(directory), read_header(directory / WEIGHTS_FILE))
+
+
+@lru_cache(maxsize=32)
+def _parsed(config: bytes, header: RawHeader) -> AdapterLayout:
+    return layout_of(VBLoRAConfig.parse(config), parse_header(header))
 
 
 def layout_of(config: VBLoRAConfig, specs: Mapping[str, TensorSpec]) -> AdapterLayout:

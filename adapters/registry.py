@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,10 +32,12 @@ from adapters.errors import (
 )
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
-from adapters.layout import read_layout
+from adapters.layout import AdapterLayout, read_layout
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
 log = logging.getLogger(__name__)
+
+_LAYOUTS_KEPT = 32
 
 
 class AdapterState(StrEnum):
@@ -92,6 +94,7 @@ class AdapterRegistry:
         self._device = device
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
         self._changed = threading.Condition()
+        self._fitting: deque[AdapterLayout] = deque(maxlen=_LAYOUTS_KEPT)
 
     @property
     def store(self) -> AdapterStore:
@@ -222,7 +225,7 @@ class AdapterRegistry:
             layout = read_layout(self._store.path(version.digest))
             if not version.info.get("base_mismatch_allowed"):
                 check_base_name(layout.config.base_model_name_or_path, self._identity)
-            check_layout(layout, self._model)
+            self._check_layout(layout)
         except AdapterError as error:
             return error
         except OSError as error:  # one bad file must not keep the server from starting
@@ -242,8 +245,14 @@ class AdapterRegistry:
             if not allow_base_mismatch:
                 raise
             warning = f"taken although {error.message}"
-        check_layout(checkpoint.layout, self._model)
+        self._check_layout(checkpoint.layout)
         return [warning] if warning else []
+
+    def _check_layout(self, layout: AdapterLayout) -> None:
+        """Holds a layout against the base, once: adapters of one family share theirs."""
+        if not any(layout is known for known in self._fitting):
+            check_layout(layout, self._model)
+            self._fitting.append(layout)
 
     def _load(self, digest: str, live: _Live) -> AdapterFactors:
         """Composes the factors outside the lock; whoever else wants them waits for `loading` to end."""
@@ -276,18 +285,14 @@ class AdapterRegistry:
             if directory.is_dir():
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
-        check_layout(checkpoint.layout, self._model)
+        self._check_layout(checkpoint.layout)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
         self._check_size(compact)
         replaced = replaced_parameters(compact.extras, self._model)
-        layers = {
-            # Copies: views would keep the composition of the whole adapter in memory, uncounted.
-            layer.name: LayerFactors(a.to(self._device, copy=True), b_t.to(self._device, copy=True))
-            for layer, a, b_t in compact.factors()
-        }
+        layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
         here = {
             name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
             for name, parameters in replaced.items()

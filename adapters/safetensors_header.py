@@ -55,24 +55,39 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-def read_header(path: Path) -> dict[str, TensorSpec]:
-    """The tensors that a safetensors file declares, by key, in key order.
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """A header's JSON as it stands in the file, and how many bytes of tensors come after it."""
+
+    json: bytes
+    data_bytes: int
+
+
+def read_header(path: Path) -> RawHeader:
+    """The header of a safetensors file.
 
     Raises MissingTensor without the file, UnsupportedCheckpoint for another format, InvalidSafetensors for a header
-    that is malformed, too large, or disagrees with the file's size.
+    that is too large or does not fit into the file.
     """
     if not path.is_file():
         raise MissingTensor(f"no {path.name} in the adapter directory", subject=path.name)
     size = path.stat().st_size
     with path.open("rb") as file:
-        raw, data_bytes = _header_bytes(file, size)
-    entries = _parse(raw)
+        return _header_bytes(file, size)
+
+
+def parse_header(header: RawHeader) -> dict[str, TensorSpec]:
+    """The tensors that a header declares, by key, in key order.
+
+    Raises InvalidSafetensors for one that is malformed or disagrees with the file's size.
+    """
+    entries = _parse(header.json)
     specs = {key: _tensor_spec(key, entry) for key, entry in sorted(entries.items())}
-    _check_offsets(entries, specs, data_bytes)
+    _check_offsets(entries, specs, header.data_bytes)
     return specs
 
 
-def _header_bytes(file: BinaryIO, size: int) -> tuple[bytes, int]:
+def _header_bytes(file: BinaryIO, size: int) -> RawHeader:
     start = file.read(512)
     _refuse_foreign(start)
     if len(start) < 8:
@@ -86,7 +101,7 @@ def _header_bytes(file: BinaryIO, size: int) -> tuple[bytes, int]:
     if 8 + length > size:
         raise InvalidSafetensors("the file ends inside its header; was the upload cut short?", subject=WEIGHTS_FILE)
     file.seek(8)
-    return file.read(length), size - 8 - length
+    return RawHeader(file.read(length), size - 8 - length)
 
 
 def _refuse_foreign(start: bytes) -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from service.engine.sequence import GenerationRequest
+from service.engine.threads import in_own_thread
 
 _PADDING = 0
 
@@ -19,7 +20,7 @@ _PADDING = 0
 class PeftBaseline:
     """One model with every adapter loaded, of which PEFT runs one at a time."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], device: torch.device) -> None:
+    def __init__(self, base: Path, adapters: Mapping[str, Path], device: torch.device, threads: int) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
         (first, directory), *others = adapters.items()
         self._model: Any = PeftModel.from_pretrained(model, str(directory), adapter_name=first)
@@ -27,12 +28,16 @@ class PeftBaseline:
             self._model.load_adapter(str(directory), adapter_name=name)
         self._model.eval()
         self._device = device
+        self._threads = threads
 
     def one_by_one(self, requests: Sequence[GenerationRequest]) -> dict[str, list[int]]:
-        return {request.request_id: self._generate([request])[0] for request in requests}
+        return in_own_thread(self._threads, lambda: {one.request_id: self._generate([one])[0] for one in requests})
 
     def by_adapter(self, requests: Sequence[GenerationRequest], batch_size: int) -> dict[str, list[int]]:
         """Batches share an adapter, and run as long as their longest request."""
+        return in_own_thread(self._threads, lambda: self._by_adapter(requests, batch_size))
+
+    def _by_adapter(self, requests: Sequence[GenerationRequest], batch_size: int) -> dict[str, list[int]]:
         waiting: dict[str, list[GenerationRequest]] = defaultdict(list)
         for request in requests:
             waiting[_adapter(request)].append(request)

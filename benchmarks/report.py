@@ -39,12 +39,12 @@ class Target:
         return {**bound, "measured": value, "met": met}
 
 
-def report_line(benchmark: str, sizes: Any, figures: Mapping[str, Any], targets: Sequence[Target]) -> str:
+def report_line(benchmark: str, sizes: Any, figures: Mapping[str, Any], targets: Sequence[Target], threads: int) -> str:
     judged = {target.figure: target.judge(figures) for target in targets}
     report = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        "machine": describe_machine(threads),
         "sizes": asdict(sizes),
         **figures,
         "targets": {name: verdict for name, verdict in judged.items() if verdict is not None},
@@ -52,14 +52,14 @@ def report_line(benchmark: str, sizes: Any, figures: Mapping[str, Any], targets:
     return json.dumps(_rounded(report))
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(threads: int) -> dict[str, Any]:
     """What a figure depends on. `load` is the 1-minute load average at the end: above 1 per core, others took part."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch_threads": torch.get_num_threads(),
+        "torch_threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},

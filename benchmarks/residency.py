@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapters.checkpoint import TopKCheckpoint
 from adapters.export import write_adapter
 from adapters.registry import AdapterRegistry
@@ -35,11 +33,10 @@ TARGETS = (Target("memory_over_file", at_most=1.1),)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     sizes = QUICK_RESIDENCY if options.quick else ResidencySizes()
-    with open_stage(sizes.model, dtype="bfloat16", device="cpu") as stage:
+    with open_stage(sizes.model, dtype="bfloat16", device="cpu", threads=options.threads) as stage:
         figures = measure_residency(stage, sizes, 20 if options.quick else options.adapters)
-    print(report_line("residency", sizes, figures, () if options.quick else TARGETS))
+    print(report_line("residency", sizes, figures, () if options.quick else TARGETS, options.threads))
 
 
 def measure_residency(stage: Stage, sizes: ResidencySizes, count: int) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.residency", description="Measure adapters' memory.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, nothing more")
     parser.add_argument("--adapters", type=int, default=2000, help="how many to register (2000)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--threads", type=int, default=2, help="the threads that the engine computes with (2)")
     return parser.parse_args(arguments)
 
 

@@ -47,6 +47,9 @@ class EngineSizes:
     decode_steps: int = 100
     running_rows: int = 8  # that decode while a cold adapter is loaded
     probe_prompt: int = 64
+    flood: int = 500  # requests of one adapter, while another's lone request comes
+    flood_output: int = 128
+    lone_requests: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,9 @@ QUICK_ENGINE = EngineSizes(
     decode_steps=4,
     running_rows=2,
     probe_prompt=8,
+    flood=12,
+    flood_output=16,
+    lone_requests=2,
 )
 QUICK_RESIDENCY = ResidencySizes(
     model=_TINY_MODEL, adapter=AdapterShape(num_vectors=32, vector_length=16, targets=("q_proj", "v_proj")), answering=4

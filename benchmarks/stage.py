@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from service.engine.base_model import DTYPES, LoadedBase, load_base
 from service.engine.build import EngineOptions, build_engine
 from service.engine.seam import Engine
 from service.engine.selection import SelectedAdapter, Selection
+from service.engine.threads import compute_with, in_own_thread
 
 TENANT = ""
 FACTOR_BUDGET = 4 << 30
@@ -34,11 +36,16 @@ _LOGITS_STD = 1.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """A loaded base and a store, in a directory that vanishes with the benchmark."""
+    """A loaded base and a store, in a directory that vanishes with the benchmark.
+
+    `threads` is what each contender computes with, in turn: a thread of PyTorch's that waits for work beside another's
+    slows both (`service.engine.threads`).
+    """
 
     root: Path
     base: LoadedBase
     store: AdapterStore
+    threads: int
 
     @property
     def base_directory(self) -> Path:
@@ -56,21 +63,26 @@ class Stage:
 
 
 @contextmanager
-def open_stage(shape: ModelShape, *, dtype: str, device: str) -> Iterator[Stage]:
+def open_stage(shape: ModelShape, *, dtype: str, device: str, threads: int) -> Iterator[Stage]:
+    compute_with(1)
     with TemporaryDirectory(prefix="vblora-benchmark-") as directory:
         root = Path(directory)
         write_base(shape, root / "base", dtype)
-        base = load_base(str(root / "base"), dtype=dtype, device=device)
+        base = in_own_thread(threads, partial(load_base, str(root / "base"), dtype=dtype, device=device))
         store = AdapterStore(root / "data")
         try:
-            yield Stage(root, base, store)
+            yield Stage(root, base, store, threads)
         finally:
             store.close()
 
 
 @contextmanager
-def running_engine(stage: Stage, registry: AdapterRegistry, max_batch_size: int) -> Iterator[Engine]:
-    engine = build_engine(stage.base, registry, EngineOptions(max_batch_size=max_batch_size)).start()
+def running_engine(
+    stage: Stage, registry: AdapterRegistry, max_batch_size: int, max_queue: int = 256
+) -> Iterator[Engine]:
+    options = EngineOptions(max_batch_size=max_batch_size, max_queue=max_queue)
+    engine = in_own_thread(stage.threads, partial(build_engine, stage.base, registry, options)).start()
+    compute_with(1)
     try:
         yield engine
     finally:

@@ -24,21 +24,21 @@ def measure_throughput(
     """Every contender answers all requests once per round, in turn; the median round and the median ratio count."""
     used = dict(list(adapters.items())[: sizes.request_adapters])
     chosen = selections(stage, list(used))
-    peft = PeftBaseline(stage.base_directory, used, stage.base.device)
+    peft = PeftBaseline(stage.base_directory, used, stage.base.device, stage.threads)
     spent: dict[str, list[Spent]] = defaultdict(list)
     answered_as_peft = []
-    with running_engine(stage, stage.registry(), max_batch_size) as engine:
-        requests = make_requests(sizes, chosen)
-        check_answers(engine, peft, requests[: sizes.checked_requests])
-        for turn in range(1, rounds + 1):
-            requests = make_requests(sizes, chosen, turn)
+    registry = stage.registry()
+    for turn in range(1, rounds + 1):
+        requests = make_requests(sizes, chosen, turn)
+        with running_engine(stage, registry, max_batch_size) as engine:  # its workers end with it, as PEFT's do
+            check_answers(engine, peft, make_requests(sizes, chosen)[: sizes.checked_requests])
             ours, took = timed(partial(answer, engine, requests))
-            spent["engine"].append(took)
-            theirs, took = timed(partial(peft.one_by_one, requests))
-            spent["peft_one_by_one"].append(took)
-            _, took = timed(partial(peft.by_adapter, requests, sizes.peft_batch))
-            spent["peft_by_adapter"].append(took)
-            answered_as_peft.append(sum(ours[name] == tokens for name, tokens in theirs.items()) / len(requests))
+        spent["engine"].append(took)
+        theirs, took = timed(partial(peft.one_by_one, requests))
+        spent["peft_one_by_one"].append(took)
+        _, took = timed(partial(peft.by_adapter, requests, sizes.peft_batch))
+        spent["peft_by_adapter"].append(took)
+        answered_as_peft.append(sum(ours[name] == tokens for name, tokens in theirs.items()) / len(requests))
     tokens = output_tokens(requests)
     return {
         "output_tokens": tokens,

@@ -78,9 +78,10 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = _moved(self.keys, slots, columns)
             self.values = _moved(self.values, slots, columns)
 
-    def clear(self, slots: Sequence[int], columns: int) -> None:
-        if self.is_initialized and slots:
-            self.keys[slots, :, :columns], self.values[slots, :, :columns] = 0, 0
+    def clear(self, slot: int, columns: int) -> None:
+        if self.is_initialized:
+            self.keys[slot, :, :columns].zero_()
+            self.values[slot, :, :columns].zero_()
 
 
 def _empty(states: Tensor, slots: int, columns: int) -> Tensor:
@@ -253,9 +254,9 @@ class SlotBackend:
             self._resize(slots, columns)
 
     def _clear(self, slots: Sequence[int]) -> None:
-        columns = max((self._written[slot] for slot in slots), default=0)
-        for layer in self._layers:
-            layer.clear(slots, columns)
+        for slot in slots:
+            for layer in self._layers:
+                layer.clear(slot, self._written[slot])
 
     def _bytes(self, slots: int, columns: int) -> int:
         return slots * (columns + 1) * self.bytes_per_token

@@ -93,8 +93,9 @@ def test_16_bit_banks_and_weights_are_computed_in_float32():
 def test_a_and_b_have_pefts_layout():
     r, in_tiles, out_tiles, length = 3, 4, 5, 2
     tiles_a, tiles_b = torch.randn(r, in_tiles, length), torch.randn(out_tiles, r, length)
-    a = compose.factor_a(tiles_a.reshape(-1, length), r)
-    b_t = compose.factor_b_transposed(tiles_b.reshape(-1, length), r)
+    tiles = torch.cat([tiles_a.reshape(-1, length), tiles_b.reshape(-1, length)])
+    tiles = tiles[compose.factor_order(r, ((in_tiles, out_tiles),))]
+    a, b_t = tiles[: r * in_tiles].view(r, -1), tiles[r * in_tiles :].view(r, -1)
     assert torch.equal(a, tiles_a.reshape(r, -1))
     assert torch.equal(b_t.T, tiles_b.transpose(1, 2).reshape(-1, r))
     # Spelled out: tile t of column j of B holds the output features t · length onward.

@@ -19,8 +19,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from adapters.errors import CheckpointError, InvalidSafetensors, MissingTensor, UnsupportedCheckpoint
-from adapters.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, WEIGHTS_FILE, TensorSpec, read_header
+from adapters.safetensors_header import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    WEIGHTS_FILE,
+    TensorSpec,
+    parse_header,
+    read_header,
+)
 from tests.unit.adapters.support import write_raw
+
+
+def specs_of(path: Path) -> dict[str, TensorSpec]:
+    return parse_header(read_header(path))
 
 
 def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "U8") -> dict[str, Any]:
@@ -36,7 +47,7 @@ def test_reads_what_the_library_writes(tmp_path: Path):
     tensors = {name: torch.zeros(2, 3, dtype=dtype) for name, dtype in dtypes.items()}
     tensors |= {"empty": torch.zeros(4, 0), "scalar": torch.zeros(())}
     save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
-    specs = read_header(tmp_path / WEIGHTS_FILE)
+    specs = specs_of(tmp_path / WEIGHTS_FILE)
     assert specs == {
         **{name: TensorSpec(name, name, (2, 3)) for name in dtypes},
         "empty": TensorSpec("empty", "F32", (4, 0)),
@@ -89,7 +100,7 @@ MALFORMED = {
 def test_refuses_a_malformed_header(header: dict[str, Any] | bytes, data_bytes: int, tmp_path: Path):
     path = write_raw(header, b"\0" * data_bytes, tmp_path) / WEIGHTS_FILE
     with pytest.raises(InvalidSafetensors) as refusal:
-        read_header(path)
+        specs_of(path)
     assert refusal.value.code == "invalid_safetensors"
     f"{refusal.value.message}{refusal.value.subject}".encode()  # can be sent
 
@@ -97,7 +108,7 @@ def test_refuses_a_malformed_header(header: dict[str, Any] | bytes, data_bytes: 
 def test_a_malformed_entry_is_named(tmp_path: Path):
     path = write_raw({"fine": entry(0, 4), "broken": entry(4, 8, [5])}, b"\0" * 8, tmp_path) / WEIGHTS_FILE
     with pytest.raises(InvalidSafetensors) as refusal:
-        read_header(path)
+        specs_of(path)
     assert refusal.value.subject == "broken"
 
 
@@ -106,14 +117,14 @@ def test_refuses_a_truncated_file(length: int, tmp_path: Path):
     path = write_raw({"a": entry(0, 64)}, b"\0" * 64, tmp_path) / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InvalidSafetensors):
-        read_header(path)
+        specs_of(path)
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1])
 def test_a_huge_header_is_refused_before_it_is_read(length: int, tmp_path: Path):
     (tmp_path / WEIGHTS_FILE).write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(InvalidSafetensors, match="header claims"):
-        read_header(tmp_path / WEIGHTS_FILE)
+        specs_of(tmp_path / WEIGHTS_FILE)
 
 
 def zip_archive() -> bytes:
@@ -150,22 +161,22 @@ FOREIGN = {
 def test_another_format_is_unsupported_and_nothing_is_unpickled(content: bytes, tmp_path: Path):
     (tmp_path / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(UnsupportedCheckpoint, match="send safetensors") as refusal:
-        read_header(tmp_path / WEIGHTS_FILE)
+        specs_of(tmp_path / WEIGHTS_FILE)
     assert refusal.value.code == "unsupported_checkpoint"
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0480, 0x8B1F])
 def test_a_header_whose_length_looks_like_another_format_is_read(length: int, tmp_path: Path):
     text = json.dumps({"a": entry(0, 4)}).encode().ljust(length)
-    assert list(read_header(write_raw(text, b"\0" * 4, tmp_path) / WEIGHTS_FILE)) == ["a"]
+    assert list(specs_of(write_raw(text, b"\0" * 4, tmp_path) / WEIGHTS_FILE)) == ["a"]
 
 
 def test_a_missing_file_is_a_missing_tensor(tmp_path: Path):
     with pytest.raises(MissingTensor):
-        read_header(tmp_path / WEIGHTS_FILE)
+        specs_of(tmp_path / WEIGHTS_FILE)
     (tmp_path / WEIGHTS_FILE).mkdir()
     with pytest.raises(MissingTensor):
-        read_header(tmp_path / WEIGHTS_FILE)
+        specs_of(tmp_path / WEIGHTS_FILE)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -176,7 +187,7 @@ def test_any_damage_is_refused_or_harmless(garbage: bytes, at: int, cut: bool, t
     whole = path.read_bytes()
     path.write_bytes(whole[:at] + garbage + (b"" if cut else whole[at + len(garbage) :]))
     try:
-        specs = read_header(path)
+        specs = specs_of(path)
     except CheckpointError:
         return
     sizes = {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}

@@ -25,7 +25,7 @@ def last_line(main: Callable[[Sequence[str]], None], output: pytest.CaptureFixtu
 
 def test_engine(capsys: pytest.CaptureFixture[str]) -> None:
     report = last_line(engine.main, capsys)
-    throughput, decode_step, cold = (report[name] for name in engine.MEASURES)
+    throughput, decode_step, cold, fairness = (report[name] for name in engine.MEASURES)
     assert throughput["tokens_per_s"].keys() == {"engine", "peft_one_by_one", "peft_by_adapter"}
     assert throughput["over_peft_one_by_one"].keys() == throughput["over_peft_by_adapter"].keys() == {"wall", "cpu"}
     assert throughput["answered_as_peft"] == 1.0
@@ -34,6 +34,8 @@ def test_engine(capsys: pytest.CaptureFixture[str]) -> None:
         cold["first_token_idle"].keys() == cold["first_token_busy"].keys() == {"cold_ms", "warm_ms", "cold_over_warm"}
     )
     assert cold["longest_gap_cold_ms"] >= cold["median_gap_ms"] > 0
+    assert fairness["flooded_over_idle"] > 0
+    assert fairness["still_waiting"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
