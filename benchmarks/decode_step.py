@@ -27,7 +27,9 @@ class Rows:
 
     def __init__(self, stage: Stage, prompts: Sequence[Sequence[int]], batch: LowRankBatch | None) -> None:
         base = stage.base
-        self._runner, _ = choose_runner(base.adapted, base.device, base.vocabulary, EngineOptions().kv_memory)
+        self._runner, _ = choose_runner(
+            base.adapted, base.device, base.vocabulary, EngineOptions().kv_memory, base.context
+        )
         self._batch = batch
         self._rows = range(len(prompts))
         self._tokens = [[prompt[-1]] for prompt in prompts]

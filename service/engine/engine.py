@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _LOADERS = 2
 _RETRY_AFTER_S = 1
+_MOST_OVERTAKEN = 64  # a request that waits for memory is let pass by so many later ones, and by no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class BatchEngine:
         self._loaders = ThreadPoolExecutor(_LOADERS, "vblora-loader", initializer=compute_with, initargs=(1,))
         self._changed = threading.Condition()  # guards _jobs and _state
         self._jobs: dict[str, Job] = {}  # accepted and not ended, by request id
-        self._parked: list[Job] = []  # accepted, waiting for memory for their adapters
+        self._parked: list[Job] = []  # accepted, waiting for memory for their adapters, the oldest first
         self._folds: set[Future[FoldReport]] = set()  # asked for and not answered
         self._state = EngineState.READY
         self._stopping = threading.Lock()
@@ -104,7 +105,9 @@ class BatchEngine:
                     retry_after_s=_RETRY_AFTER_S,
                 )
             self._jobs[request.request_id] = job
-            if not self._take_loaded(job):
+            if not self._may_pin(job):
+                self._park(job)
+            elif not self._take_loaded(job):
                 self._loaders.submit(self._load, job)
             if job.deadline is not None:
                 self._inbox.put(lambda: None)  # the engine's thread may be asleep with no deadline to wake it
@@ -193,8 +196,33 @@ class BatchEngine:
                 return False
             pinned.append(factors)
         job.factors = tuple(pinned)
+        self._overtake(job)
         self._inbox.put(lambda: self._admit(job))
         return True
+
+    def _may_pin(self, job: Job) -> bool:
+        """Whether there is memory for its adapters, and it is its turn. Under the lock."""
+        digests = [adapter.digest for adapter in job.request.selection.adapters]
+        if not digests:
+            return True
+        if any(older.overtaken >= _MOST_OVERTAKEN for older in self._before(job)):
+            return False
+        return self._registry.has_room_for(digests)
+
+    def _park(self, job: Job) -> None:
+        """Until another request gives its pins back. Under the lock."""
+        self._parked.append(job)
+        self._parked.sort(key=lambda parked: parked.submitted)
+
+    def _overtake(self, job: Job) -> None:
+        """Its adapters are pinned: those that have waited longer let it pass. Under the lock."""
+        if job.request.selection.adapters:
+            for older in self._before(job):
+                older.overtaken += 1
+
+    def _before(self, job: Job) -> list[Job]:
+        """The parked jobs that came before this one."""
+        return [parked for parked in self._parked if parked.submitted < job.submitted]
 
     # --- on a loader's thread ---------------------------------------------------------------------
 
@@ -202,19 +230,31 @@ class BatchEngine:
         if job.ended:
             return
         with self._changed:
-            if not self._registry.has_room_for([adapter.digest for adapter in job.request.selection.adapters]):
-                self._parked.append(job)  # until another request gives its pins back
+            if not self._may_pin(job):
+                self._park(job)
                 return
         try:
             factors = self._pin(job.request.selection)
             with self._changed:
                 job.factors = factors
+                self._overtake(job)
         except Exception as error:
             code, message = failure(error)
             log.warning("request %s: %s", job.request.request_id, error)
             self._inbox.put(lambda: job.fail(code, message))
             return
         self._inbox.put(lambda: self._admit(job))
+
+    def _load_parked(self) -> None:
+        """Loads what waited for memory and has it now, one after the other: each one's pins count for the next."""
+        while True:
+            with self._changed:
+                self._parked = [job for job in self._parked if not job.ended]
+                job = next(filter(self._may_pin, self._parked), None)
+                if job is None:
+                    return
+                self._parked.remove(job)
+            self._load(job)
 
     def _load_and_fold(self, selection: Selection, future: Future[FoldReport]) -> None:
         try:
@@ -239,10 +279,8 @@ class BatchEngine:
         for adapter in factors:
             self._registry.unpin(adapter.digest)
         with self._changed:
-            parked, self._parked = self._parked, []
-            if self._state in (EngineState.READY, EngineState.DRAINING):
-                for waiting in parked:
-                    self._loaders.submit(self._load, waiting)
+            if self._parked and self._state in (EngineState.READY, EngineState.DRAINING):
+                self._loaders.submit(self._load_parked)
 
     # --- on the model's thread --------------------------------------------------------------------
 

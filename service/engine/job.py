@@ -40,7 +40,10 @@ class Choice:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Written by the engine's thread alone, except `factors`, which the loader sets before handing the job over."""
+    """Written by the engine's thread alone.
+
+    Except, by the engine's doors under their lock, `overtaken`, and `factors` before the job is handed over.
+    """
 
     request: GenerationRequest
     sink: EventSink
@@ -48,6 +51,7 @@ class Job:
     submitted: float
     factors: tuple[AdapterFactors, ...] = ()
     on_end: Callable[[Job], None] = lambda job: None
+    overtaken: int = 0  # by how many later ones, while it waits for memory for its adapters
     started: float | None = None
     first_token: float | None = None
     merged: bool = False  # whether every step so far ran folded
@@ -145,13 +149,14 @@ class Job:
 
 def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_end: Callable[[Job], None]) -> Job:
     """A job whose choice i draws from seed + i, so that `n` choices with one seed differ and each can be repeated."""
+    now = time.monotonic()
     seed = request.params.seed if request.params.seed is not None else secrets.randbits(62)
     choices = [
         Choice(
-            Sequence(request, i),
+            Sequence(request, i, now),
             torch.Generator().manual_seed((seed + i) % 2**63),
             TextStream(decoder, request.params.stop),
         )
         for i in range(request.n)
     ]
-    return Job(request, sink, choices, time.monotonic(), on_end=on_end)
+    return Job(request, sink, choices, now, on_end=on_end)

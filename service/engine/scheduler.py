@@ -78,7 +78,7 @@ class Scheduler:
         for sequence in sequences:
             # A share that was idle starts level with the one served least: it has no claim on the past.
             self._served.setdefault(sequence.share, min(self._served.values(), default=0.0))
-            self._waiting.setdefault(sequence.share, deque()).append(sequence)
+            _insert(self._waiting.setdefault(sequence.share, deque()), sequence)
 
     def admit(
         self, fits: Callable[[Lengths], bool], ready: Callable[[Sequence], bool] = lambda _: True
@@ -165,6 +165,14 @@ class Scheduler:
         self._running.append(sequence)
         # The whole prompt at once, so that the next admission in this step is already weighed against it.
         self.charge(sequence, len(sequence.request.prompt_ids))
+
+
+def _insert(queue: deque[Sequence], sequence: Sequence) -> None:
+    """In order of arrival: one whose adapters had to be loaded comes late, and may not lose its turn by it."""
+    place = len(queue)
+    while place and queue[place - 1].arrival > sequence.arrival:
+        place -= 1
+    queue.insert(place, sequence)
 
 
 def _compacted(alive: list[int]) -> list[int]:

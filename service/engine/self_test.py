@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters.layers import AdaptedModel
+from service.engine.base_model import BaseModelError
 from service.engine.kv.backend import KVBackend
 from service.engine.kv.rows import RowsBackend
 from service.engine.kv.slots import SlotBackend
@@ -28,16 +29,20 @@ _CHUNK = 4
 
 
 def choose_runner(
-    adapted: AdaptedModel, device: torch.device, vocabulary: int, budget: int
+    adapted: AdaptedModel, device: torch.device, vocabulary: int, budget: int, context: int
 ) -> tuple[TransformersRunner, bool]:
-    """The fastest runner that is right for this model, and whether rows may be batched and prompts run in parts."""
+    """The fastest runner that is right for this model, and whether rows may be batched and prompts run in parts.
+
+    `context` is the most tokens that a row may come to. Raises BaseModelError for a model that answers differently
+    even alone once its keys and values are cached.
+    """
     dtype = next(adapted.model.parameters()).dtype
     layers = _text_config(adapted).num_hidden_layers
     backends: list[Callable[[], KVBackend]] = [
         lambda: SlotBackend(layers, dtype, device, budget),
         lambda: RowsBackend(device, budget),
     ]
-    if _slides(adapted):
+    if _slides(adapted, context):
         backends.pop(0)  # its masks differ from layer to layer, beyond the lengths that are tested here
     texts = _texts(vocabulary)
     with adapted.finding_siblings():
@@ -46,10 +51,17 @@ def choose_runner(
     tolerance = max(_TOLERANCE, 16 * torch.finfo(dtype).eps) * max(float(e.abs().max()) for e in expected)
     for make in backends:
         runner = TransformersRunner(adapted, device, make())
-        if _agrees(runner, texts, expected, tolerance):
+        if _agrees(runner, texts, expected, tolerance, _as_the_engine_runs_it):
             return runner, True
-    log.warning("%s answers differently in batches: running one row at a time", type(adapted.model).__name__)
-    return TransformersRunner(adapted, device, RowsBackend(device, budget)), False
+    name = type(adapted.model).__name__
+    runner = TransformersRunner(adapted, device, RowsBackend(device, budget))
+    if not _agrees(runner, texts, expected, tolerance, _one_at_a_time):
+        raise BaseModelError(
+            f"{name} cannot be served: token by token, with its keys and values cached, it answers differently than "
+            "over a whole text"
+        )
+    log.warning("%s answers differently in batches: running one row at a time", name)
+    return runner, False
 
 
 def _text_config(adapted: AdaptedModel) -> Any:
@@ -57,11 +69,16 @@ def _text_config(adapted: AdaptedModel) -> Any:
     return config.get_text_config()
 
 
-def _slides(adapted: AdaptedModel) -> bool:
+def _slides(adapted: AdaptedModel, context: int) -> bool:
+    """Whether some layer attends to a part of a text only: a window that no text outgrows is none."""
     config = _text_config(adapted)
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
-    return bool(kinds - {"full_attention"}) or (not kinds and window is not None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        return True
+    if kinds == {"full_attention"} or (not kinds and window is None):
+        return False
+    return window is None or window < context
 
 
 def _texts(vocabulary: int) -> list[list[int]]:
@@ -77,9 +94,15 @@ def _plain(adapted: AdaptedModel, device: torch.device, text: Sequence[int]) -> 
     return token_logits
 
 
-def _agrees(runner: TransformersRunner, texts: list[list[int]], expected: list[Tensor], tolerance: float) -> bool:
+def _agrees(
+    runner: TransformersRunner,
+    texts: list[list[int]],
+    expected: list[Tensor],
+    tolerance: float,
+    run: Callable[[TransformersRunner, list[list[int]]], list[Tensor]],
+) -> bool:
     try:
-        answered = _as_the_engine_runs_it(runner, texts)
+        answered = run(runner, texts)
     except Exception as error:
         log.info("the %s backend does not fit this model: %s", runner.kv.name, error)
         return False
@@ -105,6 +128,15 @@ def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -
     runner.keep(order)
     after = runner.extend(range(3), [texts[row][-1:] for row in order], None)
     return [torch.stack([before[row], after[order.index(row)]]) for row in range(3)]
+
+
+def _one_at_a_time(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:
+    answers = []
+    for text in texts:
+        runner.add(1)
+        answers.append(torch.cat([runner.extend([0], [text[:-1]], None), runner.extend([0], [text[-1:]], None)]))
+        runner.keep([])
+    return answers
 
 
 def _extend(runner: TransformersRunner, rows: list[int], tokens: list[list[int]]) -> Tensor:

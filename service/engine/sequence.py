@@ -59,10 +59,11 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of a request. The engine's thread alone writes it."""
+    """One choice of a request. The engine's thread alone writes it. `arrival` orders those of one share."""
 
     request: GenerationRequest
     choice: int
+    arrival: float = 0.0
     status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     prefilled: int = 0  # tokens of the prompt that have been run, or found in the prefix cache

@@ -9,11 +9,13 @@ from service.engine.seam import EngineState
 from tests.api.conftest import BASE, Server, error_of
 
 
-def test_the_process_is_alive_whatever_its_engine_does(server: Server) -> None:
-    for state in EngineState:
+def test_the_process_is_alive_until_its_engine_has_died(server: Server) -> None:
+    for state in set(EngineState) - {EngineState.DEAD}:
         server.engine.state = state
         response = server.client.get("/healthz")
         assert (response.status_code, response.json()) == (200, {"status": "ok"})
+    server.engine.state = EngineState.DEAD
+    assert "restart" in error_of(server.client.get("/healthz"), 503, "engine_unavailable")["message"]
 
 
 def test_a_ready_engine_is_ready(server: Server) -> None:

@@ -23,9 +23,11 @@ _NOT_READY = {
 }
 
 
-@router.get("/healthz")
-async def health() -> Status:
-    """200 as long as the process answers."""
+@router.get("/healthz", responses=error_responses(503))
+async def health(state: State) -> Status:
+    """200 as long as the process can serve; 503 once its engine has died, which only a restart mends."""
+    if state.engine.state is EngineState.DEAD:
+        raise ApiError("engine_unavailable", _NOT_READY[EngineState.DEAD])
     return Status(status="ok")
 
 

@@ -161,6 +161,34 @@ class TestForms:
         path = write_raw(*pack(odd), tmp_path / "odd")
         assert_factors_equal(path, written["compact"], rtol=0, atol=0)
 
+    @pytest.mark.parametrize("storage", ["compact", "full"])
+    def test_large_files_are_read_tensor_by_tensor(
+        self, storage: str, written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        expected = read_checkpoint(written[storage]).tensors()
+        path = Path(shutil.copytree(written[storage], tmp_path / "copy"))
+        monkeypatch.setattr("adapters.checkpoint._READ_AT_ONCE", 0)
+        checkpoint = read_checkpoint(path)
+        (path / WEIGHTS_FILE).write_bytes(b"")
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in checkpoint.tensors().items())
+
+    def test_weights_of_several_dtypes_are_each_allowed_their_own_rounding(
+        self, written: dict[str, Path], tmp_path: Path
+    ):
+        """0.5 + 0.504 is a softmax rounded to bfloat16, but none in float32."""
+
+        def widened(tensors: dict[str, Tensor]) -> None:
+            tensors[WEIGHTS] = put_row(0.5, 0.504)(tensors[WEIGHTS])
+
+        def narrowed(tensors: dict[str, Tensor]) -> None:
+            tensors[WEIGHTS] = put_row(0.5, 0.504)(tensors[WEIGHTS]).bfloat16()
+
+        checkpoint = compact(rewrite(written["compact"], tmp_path / "bf16", narrowed))
+        assert checkpoint.weights.dtype == torch.float32
+        assert float(checkpoint.weights.sum(-1).max()) > 1.001
+        with pytest.raises(BadWeights):
+            read_checkpoint(rewrite(written["compact"], tmp_path / "f32", widened))
+
     def test_what_was_read_does_not_change_with_the_file(self, written: dict[str, Path], tmp_path: Path):
         path = Path(shutil.copytree(written["full"], tmp_path / "copy"))
         checkpoint = read_checkpoint(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.checkpoint import LARGEST_IN_BANK
-from adapters.factors import AdapterFactors, LayerFactors
+from adapters.factors import AdapterFactors, FactorStack, LayerFactors
 from adapters.layers import AdaptedModel, AdaptedModule
 from adapters.low_rank import LowRankBatch
 from adapters.targets import BaseModules
@@ -108,6 +109,67 @@ class TestMixedBatch:
         model = adapted(tiny_model("llama"))
         batch = LowRankBatch(list(llama.values()), torch.eye(4))
         assert torch.equal(token_logits(model, PROMPTS, batch), token_logits(model, PROMPTS, batch))
+
+
+class TestSharedStack:
+    """Batches that come and go on one stack, as the engine makes them, with what siblings share."""
+
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_batches_of_any_adapters(self, arch: Arch, written: Mapping[Arch, Mapping[str, Path]]):
+        model = adapted(tiny_model(arch))
+        with model.finding_siblings():
+            token_logits(model, PROMPTS[:1])
+        stack = FactorStack(model.siblings)
+        everybody = [factors(path) for path in written[arch].values()]
+        draw = random.Random(0)
+        for _ in range(12):
+            present = draw.sample(everybody, draw.randint(1, 4))
+            weights = torch.tensor([[draw.choice([0.0, 1.0, -0.5]) for _ in present] for _ in PROMPTS])
+            rows = token_logits(model, PROMPTS, LowRankBatch(present, weights, stack))
+            close(rows, token_logits(model, PROMPTS, LowRankBatch(present, weights)))
+
+    def test_few_of_many_are_gathered(self, llama: Mapping[str, AdapterFactors]):
+        """Others stand between them in the stack."""
+        model, stack = adapted(tiny_model("llama")), FactorStack()
+        first, last = llama["wide"], llama["full"]
+        others = [replace(first, digest=f"other-{i}") for i in range(8)]
+        stack.hold([first, *others, last])
+        batch = LowRankBatch([first, last], torch.eye(2).repeat(2, 1), stack)
+        rows = token_logits(model, PROMPTS, batch)
+        for i, adapter in enumerate((first, last, first, last)):
+            close(rows[i], token_logits(model, PROMPTS[i : i + 1], alone(adapter))[0])
+
+    def test_layers_that_read_the_same_input_are_siblings(self):
+        model = adapted(tiny_model("llama"))
+        with model.finding_siblings():
+            token_logits(model, PROMPTS[:1])
+        block = "model.layers.0"
+        attention = tuple(f"{block}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        assert model.siblings[attention[1]] == attention
+        assert model.siblings[f"{block}.mlp.up_proj"] == (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
+        assert model.siblings[f"{block}.self_attn.o_proj"] == (f"{block}.self_attn.o_proj",)
+        assert model.siblings["lm_head"] == ("lm_head",)
+
+    def test_a_layer_that_runs_twice_has_no_siblings(self):
+        model, _ = TestShapes().model()
+        x = torch.randn(3, 4)
+        with model.finding_siblings():
+            model.model.flat(x)
+            model.model.flat(x)
+        assert model.siblings == {}
+
+    def test_a_forward_forgets_the_input_of_the_last(self, llama: Mapping[str, AdapterFactors]):
+        """The same tensor object may come again with other contents."""
+        model = adapted(tiny_model("llama"))
+        layer = model.model.model.layers[0].self_attn.q_proj
+        batch, x = alone(llama["wide"]), torch.randn(1, 2, 64)
+        with model.using(batch):
+            layer(x)
+        x += 1
+        with model.using(batch):
+            again = layer(x)
+        with model.using(alone(llama["wide"])):
+            torch.testing.assert_close(again, layer(x))
 
 
 class TestBlends:

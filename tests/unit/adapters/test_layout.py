@@ -213,6 +213,16 @@ def test_owner_of_an_extra():
     assert extra_owner("base_model.model.lm_head.weight") == "lm_head"
 
 
+def test_adapters_of_a_family_share_their_layout(tmp_path: Path):
+    """What differs in its config or in its header alone does not."""
+    base = tiny_model("llama")
+    one, other = (make_adapter(base, AdapterSpec(seed=seed), tmp_path / str(seed)) for seed in (1, 2))
+    assert read_layout(one) is read_layout(other)
+    smaller = make_adapter(base, AdapterSpec(seed=1, topk=1), tmp_path / "smaller")
+    assert read_layout(smaller) is not read_layout(one)
+    assert read_layout(smaller).config.topk == 1
+
+
 def test_reads_no_tensor(tmp_path: Path):
     """A layout comes from the header alone: the same with all data zeroed."""
     path = make_adapter(tiny_model("llama"), AdapterSpec(), tmp_path)

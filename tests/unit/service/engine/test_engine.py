@@ -232,6 +232,27 @@ def test_requests_wait_for_memory_for_their_adapters(bench: Bench) -> None:
         assert isinstance(finish(events)[1], FinishedEvent)
 
 
+def test_a_request_that_waits_for_memory_is_overtaken_only_so_often() -> None:
+    """Small requests for an adapter that is always in use would else keep a large blend out for ever."""
+    bench = Bench(max_queue=200)
+    bench.engine.start()
+    bench.registry.room = 2
+    bench.registry.loaded.add("sha256:sql")
+    bench.runner.gate.clear()
+    running = bench.submit("running", "sql")
+    assert bench.runner.entered.wait(10)
+    blend = bench.submit("blend", "one", "two")
+    assert bench.registry.had_no_room.wait(10)
+    small = [bench.submit(f"small-{i}", "sql") for i in range(100)]
+    assert bench.registry.pins["sha256:sql"] == 1 + 64
+    base = bench.submit("base")
+    bench.runner.gate.set()
+    for events in (running, base, blend, *small):
+        assert isinstance(finish(events)[1], FinishedEvent)
+    bench.engine.stop()
+    assert bench.registry.pinned == 0
+
+
 def test_cancel_while_loading_and_while_running(bench: Bench) -> None:
     bench.registry.gate.clear()
     loading = bench.submit("loading", "sql")

@@ -313,6 +313,47 @@ def test_slots_grow_in_powers_of_two_and_are_given_back() -> None:
     assert (slots.slots, slots.columns) == (1, 64)
 
 
+def test_reserved_slots_neither_move_nor_are_given_back() -> None:
+    bench = measured("slot", 64 * 257)
+    slots = bench.kv
+    assert isinstance(slots, SlotBackend)
+    slots.reserve(4, 256)
+    assert (slots.slots, slots.columns) == (4, 256)
+    places = [layer.keys.data_ptr() for layer in slots._layers]
+    bench.add(4)
+    bench.extend([0, 1, 2, 3], [3, 250, 70, 1])
+    bench.extend([0, 1, 2, 3], [1] * 4)
+    bench.keep([2])
+    bench.keep([])
+    bench.add(1)
+    bench.extend([0], [9])
+    assert [layer.keys.data_ptr() for layer in slots._layers] == places
+    bench.add(6)  # more rows than were reserved for
+    bench.extend(range(7), [1, 2, 3, 4, 5, 6, 7])
+    bench.keep([])
+    assert (slots.slots, slots.columns) == (4, 256)
+
+
+@pytest.mark.parametrize(
+    ("budget", "longest", "reserved"),
+    [
+        (2 * 4 * 65, 500, (4, 64)),
+        (2 * 4 * 250, 500, (4, 192)),
+        (2 * 4 * 250, 100, (4, 128)),
+        (2 * 4 * 64, 500, (1, 64)),
+    ],
+)
+def test_what_is_reserved_takes_half_of_the_memory_at_most(
+    budget: int, longest: int, reserved: tuple[int, int]
+) -> None:
+    bench = measured("slot", budget)
+    slots = bench.kv
+    assert isinstance(slots, SlotBackend)
+    slots.reserve(4, longest)
+    assert (slots.slots, slots.columns) == reserved
+    assert slots.nbytes <= budget // 2 * slots.bytes_per_token
+
+
 def test_what_a_long_row_took_is_given_back_while_others_run() -> None:
     """Prefixes may have it."""
     bench = measured("slot", 8 * 129)

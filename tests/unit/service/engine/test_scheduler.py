@@ -42,6 +42,35 @@ def test_admits_in_order_of_arrival_up_to_the_batch_size() -> None:
     assert scheduler.running == [first, third]
 
 
+def test_who_came_first_is_first_even_if_its_adapter_had_to_be_loaded() -> None:
+    scheduler = Scheduler(Limits(max_batch_size=1))
+    cold, second, third = (sequence(name) for name in "abc")
+    cold.arrival, second.arrival, third.arrival = 1.0, 2.0, 3.0
+    scheduler.add([second, third])
+    scheduler.add([cold])
+    order: list[Sequence] = []
+    while scheduler.has_work:
+        order += scheduler.admit(anything)
+        finish(scheduler, order[-1:])
+    assert order == [cold, second, third]
+
+
+def test_rows_that_decode_stand_before_those_that_prefill() -> None:
+    scheduler = Scheduler(Limits(max_batch_size=6))
+    rows = [sequence(name) for name in "abcdef"]
+    scheduler.add(rows)
+    scheduler.admit(anything)
+    assert scheduler.line_up() is None, "nobody decodes yet"
+    for row in (1, 4, 5):
+        rows[row].prefilled = 1
+    order = scheduler.line_up()
+    assert order is not None
+    assert scheduler.running == [rows[row] for row in order]
+    assert set(scheduler.running[:3]) == {rows[1], rows[4], rows[5]} == set(scheduler.decoding)
+    assert sum(row != place for place, row in enumerate(order)) == 4, "two pairs change places"
+    assert scheduler.line_up() is None
+
+
 def test_the_last_rows_fill_the_gaps() -> None:
     scheduler = Scheduler(Limits(max_batch_size=6))
     rows = [sequence(name) for name in "abcdef"]

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from adapters.layers import AdaptedModel
+from service.engine.base_model import BaseModelError
 from service.engine.model_runner import TransformersRunner
 from service.engine.self_test import choose_runner
 from tests.factories import VOCAB_SIZE, Arch, randomize, tiny_model
@@ -29,9 +30,9 @@ COMMON: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidd
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 
 
-def chosen(model: AdaptedModel) -> tuple[str, bool]:
+def chosen(model: AdaptedModel, context: int = 256) -> tuple[str, bool]:
     """The backend, and whether it may batch. Whatever it is, it answers this model rightly, row by row at least."""
-    runner, batches = choose_runner(model, CPU, VOCAB_SIZE, 1 << 30)
+    runner, batches = choose_runner(model, CPU, VOCAB_SIZE, 1 << 30, context)
     assert runner.rows == 0, "nothing of the test is left"
     check_alone(runner, model)
     return runner.kv.name, batches
@@ -146,6 +147,21 @@ def test_windows_in_some_layers_get_rows(config: PretrainedConfig) -> None:
     assert chosen(built(config)) == ("rows", True)
 
 
+def test_a_window_that_no_text_outgrows_is_none() -> None:
+    config = MistralConfig(**COMMON, **HEADS, sliding_window=64)
+    assert chosen(built(config), context=64) == ("slot", True)
+    assert chosen(built(config), context=65) == ("rows", True)
+
+
+def test_a_model_that_is_wrong_even_alone_is_refused() -> None:
+    def forget_the_past(arguments: dict[str, Any]) -> None:
+        if arguments["past_key_values"] is not None and arguments["input_ids"].shape[1] == 1:
+            arguments.update(past_key_values=None, attention_mask=None, position_ids=None)
+
+    with pytest.raises(BaseModelError, match="LlamaForCausalLM cannot be served"):
+        chosen(altered(forget_the_past))
+
+
 def test_no_window_means_slots() -> None:
     assert chosen(built(MistralConfig(**COMMON, **HEADS, sliding_window=None))) == ("slot", True)
 
@@ -161,5 +177,5 @@ def test_models_with_distances_instead_of_positions_are_answered_rightly(config:
 
 def test_sixteen_bit_models_are_batched() -> None:
     model = adapted(tiny_model("llama"), torch.bfloat16)
-    runner, batches = choose_runner(model, CPU, VOCAB_SIZE, 1 << 30)
+    runner, batches = choose_runner(model, CPU, VOCAB_SIZE, 1 << 30, 256)
     assert (runner.kv.name, batches) == ("slot", True)
