@@ -20,6 +20,8 @@ from service.engine.sequence import Sequence, SequenceStatus
 
 Lengths = Seq[int]
 
+_LEAST_CHUNK = 32  # tokens of a prompt that is cut: a forward for fewer costs as much
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -100,11 +102,11 @@ class Scheduler:
     def prefill(self) -> list[Chunk]:
         """The prompt tokens to run in this step, within the budget, for the shares served least first."""
         room = self._limits.prefill_tokens
-        chunks = []
+        chunks: list[Chunk] = []
         for sequence in sorted((s for s in self._running if s.is_prefilling), key=lambda s: self._served[s.share]):
-            if room <= 0:
-                break
             rest = sequence.request.prompt_ids[sequence.prefilled :]
+            if room < min(len(rest), _LEAST_CHUNK) and chunks:
+                break
             tokens = rest[:room]
             room -= len(tokens)
             chunks.append(Chunk(sequence, tokens))

@@ -38,6 +38,7 @@ from service.engine.sequence import Sequence, SequenceStatus
 log = logging.getLogger(__name__)
 
 _MIXES_KEPT = 4
+_WORTH_PADDING = 32  # tokens: about what a forward costs, however small it is (measured on a CPU)
 _IDLE_RANKS = 512  # a stack that has grown beyond it is let go of when nothing runs
 
 Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
@@ -170,26 +171,32 @@ class Worker:
     # --- forwards ---------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        complete = []
         for chunks in self._together(self._scheduler.prefill()):
+            complete = []
             counts = {chunk.sequence: len(chunk.tokens) for chunk in chunks}
             for sequence, token_logits in self._forward(list(counts), [chunk.tokens for chunk in chunks]):
                 sequence.prefilled += counts[sequence]
                 self.prompt_tokens += counts[sequence]
                 if not sequence.is_prefilling:
                     complete.append((sequence, token_logits))
-        self._take_tokens(complete)
-        for sequence, token_logits in complete:
-            if not _broken(token_logits):
-                self._keep_prefix(sequence)
+            self._take_tokens(complete)  # as soon as there are any: the first token is what users wait for
+            for sequence, token_logits in complete:
+                if not _broken(token_logits):
+                    self._keep_prefix(sequence)
 
-    def _together(self, chunks: Seq[Chunk]) -> Iterable[list[Chunk]]:
-        """The chunks that share a forward: of one length, or of similar ones, since padding is computed too."""
-        forwards: dict[int, list[Chunk]] = {}
-        for chunk in chunks:
-            length = len(chunk.tokens)
-            forwards.setdefault(length.bit_length() if self._runner.ragged else length, []).append(chunk)
-        return forwards.values()
+    def _together(self, chunks: Seq[Chunk]) -> list[list[Chunk]]:
+        """The chunks that share a forward: of one length, or of lengths so alike that padding costs less than another.
+
+        The first chunks first, as they were scheduled, and with each those that it can take along.
+        """
+        padding = _WORTH_PADDING if self._runner.ragged else 0
+        forwards: list[list[Chunk]] = []
+        for chunk in sorted(chunks, key=lambda chunk: len(chunk.tokens), reverse=True):
+            if not forwards or len(forwards[-1][0].tokens) - len(chunk.tokens) > padding:
+                forwards.append([])
+            forwards[-1].append(chunk)
+        turn = {chunk.sequence: turn for turn, chunk in enumerate(chunks)}
+        return sorted(forwards, key=lambda forward: min(turn[chunk.sequence] for chunk in forward))
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Keeps the state of a prompt, unless running rows may yet need the memory."""

@@ -187,20 +187,35 @@ def test_a_sequence_that_is_not_ready_lets_others_pass() -> None:
 
 
 def test_prompts_run_in_chunks_within_the_budget() -> None:
-    scheduler = Scheduler(Limits(max_batch_size=4, prefill_tokens=10))
-    long, short = sequence("long", prompt=25), selecting("short", prompt=4)
+    scheduler = Scheduler(Limits(max_batch_size=4, prefill_tokens=100))
+    long, short = sequence("long", prompt=250), selecting("short", prompt=40)
     scheduler.add([long, short])
     scheduler.admit(anything)
     taken = []
     while any(s.is_prefilling for s in scheduler.running):
         chunks = scheduler.prefill()
-        assert sum(len(chunk.tokens) for chunk in chunks) <= 10
+        assert sum(len(chunk.tokens) for chunk in chunks) <= 100
         taken.append([(chunk.sequence.request.request_id, len(chunk.tokens)) for chunk in chunks])
         for chunk in chunks:
             chunk.sequence.prefilled += len(chunk.tokens)
-    assert taken[0] == [("short", 4), ("long", 6)], "the share that was served less goes first"
-    assert sum(n for step in taken for name, n in step if name == "long") == 25
+    assert taken[0] == [("short", 40), ("long", 60)], "the share that was served less goes first"
+    assert sum(n for step in taken for name, n in step if name == "long") == 250
     assert scheduler.decoding == scheduler.running
+
+
+def test_a_prompt_is_not_cut_for_a_few_tokens_of_room() -> None:
+    """A forward for so few costs as much as for many."""
+    scheduler = Scheduler(Limits(max_batch_size=4, prefill_tokens=100))
+    rows = [selecting("first", prompt=80), selecting("long", prompt=250), selecting("tiny", prompt=15)]
+    for row, served in zip(rows, (1, 2, 3), strict=True):
+        scheduler.add([row])
+        scheduler.admit(anything)
+        scheduler.charge(row, 1000 * served)
+    assert [(c.sequence.request.request_id, len(c.tokens)) for c in scheduler.prefill()] == [("first", 80)]
+    rows[0].prefilled = 80
+    assert [len(c.tokens) for c in scheduler.prefill()] == [100]
+    rows[1].prefilled = 170
+    assert [len(c.tokens) for c in scheduler.prefill()] == [80, 15]
 
 
 def test_a_model_that_cannot_be_batched_runs_one_row_with_whole_prompts() -> None:

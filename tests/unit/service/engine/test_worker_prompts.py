@@ -108,6 +108,14 @@ def test_running_rows_take_a_token_every_step_while_a_long_prompt_is_run() -> No
     assert sum(n for of_row in bench.runner.forwards for n in of_row if n > 1) == 50 - 2 + 2
 
 
+def test_prompts_of_similar_length_share_a_forward() -> None:
+    bench = Bench(max_batch_size=8, prefill_tokens=1000)
+    for i, length in enumerate((5, 90, 60, 200, 33, 170)):
+        bench.admit(f"{i}", [3 + i] * length, max_new_tokens=1)
+    bench.run()
+    assert sorted(sorted(forward) for forward in bench.runner.forwards) == [[5, 33], [60, 90], [170, 200]]
+
+
 def test_a_row_that_joins_takes_its_first_token_in_the_step_of_its_last_chunk() -> None:
     bench = Bench(prefill_tokens=4)
     bench.admit("prompt", [1, 2, 3, 4])
