@@ -2,11 +2,12 @@
 
 Restoring copies the pristine weights back; it never subtracts. (PEFT subtracts: after 20 merges and unmerges in
 bfloat16, 42% of the base weights had changed.) Folding rounds `W + Δ` to the model's dtype, which is exact only in
-float32: `fold` reports the rounding it caused.
+float32: `rounding` says what was lost.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,22 +51,37 @@ class Merger:
     def is_folded(self) -> bool:
         return bool(self._folded)
 
-    def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
+    def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         """Replaces every parameter that `selection` changes: weights by `W + Σ weight · delta`, and those it replaces.
 
-        Whatever was folded before is restored first. Returns the rounding error of the fold. Raises InvalidSelection,
-        with the pristine parameters in place, when a layer is quantized or a folded weight overflows its dtype.
+        Whatever was folded before is restored first. Raises InvalidSelection, with the pristine parameters in place,
+        when a layer is quantized or a folded weight overflows its dtype.
         """
         self.restore()
-        worst, worst_layer = 0.0, None
         try:
             for place in _changed_places(selection):
-                error = self._fold_parameter(place, selection)
-                if error is not None and error >= worst:
-                    worst, worst_layer = error, place[0]
+                self._fold_parameter(place, selection)
         except BaseException:
             self.restore()
             raise
+
+    @torch.inference_mode()
+    def rounding(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
+        """What rounding to the model's dtype has lost of this selection, which is folded at the moment."""
+        worst, worst_layer = 0.0, None
+        for name, attribute in _changed_places(selection):
+            layer = self._model.base_layer(name)
+            low_rank = _stacked(selection, name) if attribute == "weight" else None
+            if low_rank is None:
+                continue
+            folded: Tensor = getattr(layer, attribute)
+            pristine = self._pristine[f"{name}.{attribute}"].to(folded.device)
+            change = delta(*low_rank, transposed=is_conv1d(layer))
+            base = blended(pristine, _replacing(selection, (name, attribute))).float()
+            scale = float(change.norm())
+            error = float((folded.float() - base - change).norm()) / scale if scale else 0.0
+            if error >= worst:
+                worst, worst_layer = error, name
         return FoldReport(worst, worst_layer)
 
     def restore(self) -> None:
@@ -76,8 +92,7 @@ class Merger:
         self._folded.clear()
 
     @torch.inference_mode()
-    def _fold_parameter(self, place: _Place, selection: Sequence[tuple[AdapterFactors, float]]) -> float | None:
-        """Folds one parameter; the rounding error relative to its delta, None if it has none."""
+    def _fold_parameter(self, place: _Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         name, attribute = place
         layer = self._model.base_layer(name)
         own: Tensor = getattr(layer, attribute)
@@ -85,20 +100,24 @@ class Merger:
             raise InvalidSelection(f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it")
         if f"{name}.{attribute}" not in self._pristine:
             self._pristine[f"{name}.{attribute}"] = own.detach().to("cpu", copy=True)
-        base = blended(own.detach(), _replacing(selection, place))
-        change = _weighted_delta(layer, selection, name) if attribute == "weight" else None
-        folded = base if change is None else (base.float() + change).to(own.dtype)
-        if not bool(folded.isfinite().all()):
-            raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
-        error = None
-        if change is not None and (scale := float(change.norm())):
-            error = float((folded.float() - base.float() - change).norm()) / scale
         self._folded[place] = own
         if id(own) in self._tied:
-            layer._parameters[attribute] = nn.Parameter(folded, requires_grad=False)
-        else:
-            own.data.copy_(folded)
-        return error
+            layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
+        folded: Tensor = getattr(layer, attribute).data
+        if replacing := _replacing(selection, place):
+            folded.copy_(blended(own.detach(), replacing))
+        if attribute == "weight" and (low_rank := _stacked(selection, name)) is not None:
+            _add_product(folded, *low_rank, transposed=is_conv1d(layer))
+        if not math.isfinite(float(torch.linalg.vector_norm(folded, torch.inf))):
+            raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
+
+
+def _add_product(weight: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:
+    """Adds `B @ A` to a weight in its own orientation, in place, rounding once."""
+    if weight.dtype is torch.float32:
+        weight.addmm_(*((a.T, b.T) if transposed else (b, a)))
+    else:
+        weight.copy_(weight.float() + delta(a, b, transposed=transposed))
 
 
 def _changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[_Place]:
@@ -116,14 +135,13 @@ def _replacing(selection: Sequence[tuple[AdapterFactors, float]], place: _Place)
     return [(part, weight) for part, weight in parts if part is not None]
 
 
-def _weighted_delta(module: nn.Module, selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> Tensor | None:
-    """Σ weight · delta of one layer, float32, in the layer's own orientation; None if no adapter adapts it.
+def _stacked(selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> tuple[Tensor, Tensor] | None:
+    """A [R, in] and B [out, R] of one layer, stacked over its adapters, weights in B; None if no adapter adapts it.
 
     One layer at a time: the deltas of a whole model in float32 would take up to twice a 16-bit model's memory.
     """
     present = [(adapter.layers[layer], weight) for adapter, weight in selection if layer in adapter.layers]
     if not present:
         return None
-    a = torch.cat([factors.a for factors, _ in present])  # [R, in]
-    b_t = torch.cat([weight * factors.b_t for factors, weight in present])  # [R, out]
-    return delta(a, b_t.T, transposed=is_conv1d(module))
+    a = torch.cat([factors.a for factors, _ in present])
+    return a, torch.cat([weight * factors.b_t for factors, weight in present]).T

@@ -1,4 +1,4 @@
-"""The engine against PEFT and against its own base: throughput, decode steps, cold adapters, fairness.
+"""The engine against PEFT and against its own base: throughput, decode steps, cold adapters, fairness, folding.
 
     python -m benchmarks.engine [--quick]
 
@@ -15,13 +15,14 @@ from typing import Any
 from benchmarks.cold_adapter import measure_cold_adapter
 from benchmarks.decode_step import measure_decode_step
 from benchmarks.fairness import measure_fairness
+from benchmarks.fold import measure_fold
 from benchmarks.report import Target, report_line
 from benchmarks.sizes import QUICK_ENGINE, EngineSizes
 from benchmarks.stage import add_adapters, open_stage
 from benchmarks.throughput import measure_throughput
 from service.engine.threads import in_own_thread
 
-MEASURES = ("throughput", "decode_step", "cold_adapter", "fairness")
+MEASURES = ("throughput", "decode_step", "cold_adapter", "fairness", "fold")
 TARGETS = (
     Target("throughput/over_peft_one_by_one/wall", at_least=8),
     Target("throughput/over_peft_by_adapter/wall", at_least=4),
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures["cold_adapter"] = measure_cold_adapter(stage, sizes, list(adapters), rounds)
         if "fairness" in options.measures:
             figures["fairness"] = measure_fairness(stage, sizes, list(adapters), rounds)
+        if "fold" in options.measures:
+            figures["fold"] = in_own_thread(stage.threads, partial(measure_fold, stage, sizes, list(adapters), rounds))
     print(report_line("engine", sizes, figures, () if options.quick else TARGETS, options.threads))
 
 

@@ -45,6 +45,7 @@ class EngineSizes:
     rows: int = 16
     decode_context: int = 64
     decode_steps: int = 100
+    fold_steps: int = 20  # between a fold and its restore
     running_rows: int = 8  # that decode while a cold adapter is loaded
     probe_prompt: int = 64
     flood: int = 500  # requests of one adapter, while another's lone request comes
@@ -81,6 +82,7 @@ QUICK_ENGINE = EngineSizes(
     rows=4,
     decode_context=8,
     decode_steps=4,
+    fold_steps=2,
     running_rows=2,
     probe_prompt=8,
     flood=12,

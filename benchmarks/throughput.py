@@ -21,7 +21,10 @@ from service.engine.sequence import GenerationRequest
 def measure_throughput(
     stage: Stage, sizes: EngineSizes, adapters: Mapping[str, Path], *, max_batch_size: int, rounds: int
 ) -> dict[str, Any]:
-    """Every contender answers all requests once per round, in turn; the median round and the median ratio count."""
+    """Every contender answers all requests once per round, in turn; the median round and the median ratio count.
+
+    Each is warm: the engine, which is started for its turn, has answered as many requests before.
+    """
     used = dict(list(adapters.items())[: sizes.request_adapters])
     chosen = selections(stage, list(used))
     peft = PeftBaseline(stage.base_directory, used, stage.base.device, stage.threads)
@@ -32,6 +35,7 @@ def measure_throughput(
         requests = make_requests(sizes, chosen, turn)
         with running_engine(stage, registry, max_batch_size) as engine:  # its workers end with it, as PEFT's do
             check_answers(engine, peft, make_requests(sizes, chosen)[: sizes.checked_requests])
+            answer(engine, make_requests(sizes, chosen, -turn))  # a server that has been running: its memory is touched
             ours, took = timed(partial(answer, engine, requests))
         spent["engine"].append(took)
         theirs, took = timed(partial(peft.one_by_one, requests))

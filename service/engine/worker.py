@@ -105,16 +105,21 @@ class Worker:
         self._drop_finished()
 
     def fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> FoldReport:
-        """Folds a selection into the base weights now. The next step restores them if its rows want something else."""
+        """Folds a selection into the base weights now, and says what that lost.
+
+        The next step restores them if its rows want something else.
+        """
+        self._fold(selection, factors)
+        return self._merger.rounding(_weighted(selection, factors))
+
+    def _fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
         began = time.perf_counter()
-        weights = [adapter.weight for adapter in selection.adapters]
         self._folded = None  # what was folded is restored first, also when the fold fails
-        report = self._merger.fold(list(zip(factors, weights, strict=True)))
+        self._merger.fold(_weighted(selection, factors))
         self._folded = selection
         self.folds += 1
         if self._auto_merge is not None:
             self._auto_merge.folded_in(time.perf_counter() - began)
-        return report
 
     # --- joining ----------------------------------------------------------------------------------
 
@@ -255,7 +260,7 @@ class Worker:
     def _try_fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
         """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
         try:
-            self.fold(selection, factors)
+            self._fold(selection, factors)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -344,6 +349,10 @@ class Worker:
         log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
         for sequence in sequences:
             self._owners[sequence][0].fail(*failure(error))
+
+
+def _weighted(selection: Selection, factors: Seq[AdapterFactors]) -> list[tuple[AdapterFactors, float]]:
+    return [(each, adapter.weight) for each, adapter in zip(factors, selection.adapters, strict=True)]
 
 
 def _broken(token_logits: Tensor) -> Tensor:

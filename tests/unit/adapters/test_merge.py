@@ -47,7 +47,8 @@ def test_fold_computes_what_the_low_rank_path_computes(arch: Arch, tmp_path: Pat
     for selection in ([(wide, 1.0)], [(wide, 0.7), (few, -1.3)], [(few, 1.0)]):
         present, weights = zip(*selection, strict=True)
         beside = token_logits(model, [PROMPT], alone(*present, weights=weights))
-        report = merger.fold(selection)
+        merger.fold(selection)
+        report = merger.rounding(selection)
         assert merger.is_folded
         torch.testing.assert_close(token_logits(model, [PROMPT]), beside, rtol=0, atol=5e-4)
         assert 0 <= report.merge_error < 1e-5
@@ -126,18 +127,24 @@ class TestTiedWeights:
 
 class TestReport:
     def test_nothing_folded(self):
-        assert Merger(adapted(tiny_model("llama"))).fold([]) == FoldReport(0.0, None)
+        merger = Merger(adapted(tiny_model("llama")))
+        merger.fold([])
+        assert merger.rounding([]) == FoldReport(0.0, None)
 
     def test_a_weight_of_zero_folds_nothing(self, tmp_path: Path):
         model = adapted(tiny_model("llama"))
         before, (wide, _) = snapshot(model), pair("llama", tmp_path)
-        assert Merger(model).fold([(wide, 0.0)]).merge_error == 0.0
+        merger = Merger(model)
+        merger.fold([(wide, 0.0)])
+        assert merger.rounding([(wide, 0.0)]).merge_error == 0.0
         assert_pristine(model, before)
 
     def test_is_the_share_of_the_worst_layer_that_rounding_lost(self, tmp_path: Path):
         model = adapted(tiny_model("llama"), torch.bfloat16)
         before, (wide, _) = snapshot(model), pair("llama", tmp_path)
-        report = Merger(model).fold([(wide, 0.01)])
+        merger = Merger(model)
+        merger.fold([(wide, 0.01)])
+        report = merger.rounding([(wide, 0.01)])
         errors = {}
         for name, layer in wide.layers.items():
             change = 0.01 * (layer.b_t.T @ layer.a)
@@ -151,7 +158,11 @@ class TestReport:
     def test_smaller_adapters_lose_more(self, tmp_path: Path):
         merger = Merger(adapted(tiny_model("llama"), torch.bfloat16))
         wide, _ = pair("llama", tmp_path)
-        small, large = (merger.fold([(wide, weight)]).merge_error for weight in (0.01, 1.0))
+        errors = []
+        for weight in (0.01, 1.0):
+            merger.fold([(wide, weight)])
+            errors.append(merger.rounding([(wide, weight)]).merge_error)
+        small, large = errors
         assert small > 5 * large
 
 

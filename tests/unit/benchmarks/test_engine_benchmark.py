@@ -25,7 +25,7 @@ def last_line(main: Callable[[Sequence[str]], None], output: pytest.CaptureFixtu
 
 def test_engine(capsys: pytest.CaptureFixture[str]) -> None:
     report = last_line(engine.main, capsys)
-    throughput, decode_step, cold, fairness = (report[name] for name in engine.MEASURES)
+    throughput, decode_step, cold, fairness, fold = (report[name] for name in engine.MEASURES)
     assert throughput["tokens_per_s"].keys() == {"engine", "peft_one_by_one", "peft_by_adapter"}
     assert throughput["over_peft_one_by_one"].keys() == throughput["over_peft_by_adapter"].keys() == {"wall", "cpu"}
     assert throughput["answered_as_peft"] == 1.0
@@ -36,6 +36,8 @@ def test_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cold["longest_gap_cold_ms"] >= cold["median_gap_ms"] > 0
     assert fairness["flooded_over_idle"] > 0
     assert fairness["still_waiting"] >= 0
+    assert fold.keys() == {"rows_1", "rows_4"}
+    assert fold["rows_4"]["fold_ms"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -52,7 +54,7 @@ def test_every_target_names_a_figure_that_full_sizes_report() -> None:
     assert {str(k) for k in (1, 4, sizes.rows)} == {
         target.figure.split("/")[2] for target in engine.TARGETS if target.figure.startswith("decode_step")
     }
-    assert {target.figure.split("/")[0] for target in engine.TARGETS} == set(engine.MEASURES)
+    assert {target.figure.split("/")[0] for target in engine.TARGETS} == set(engine.MEASURES) - {"fold"}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,10 @@ class FakeMerger:
     def __init__(self) -> None:
         self.history: list[list[tuple[str, float]] | None] = []
 
-    def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
+    def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         self.history.append([(factors.digest, weight) for factors, weight in selection])
+
+    def rounding(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
         return FoldReport(0.25, "layer")
 
     def restore(self) -> None:
