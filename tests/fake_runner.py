@@ -43,12 +43,22 @@ class FakeRunner:
     def add(self, rows: int) -> None:
         self.texts += [[] for _ in range(rows)]
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor:
+    def extend(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        batch: LowRankBatch | None,
+        *,
+        every_position: bool = False,
+    ) -> Tensor:
         assert len(set(rows)) == len(rows) == len(tokens)
         assert all(row < len(self.texts) for row in rows), "the scheduler and the runner disagree about the rows"
         self.forwards.append([len(of_row) for of_row in tokens])
         assert self.ragged or len(set(self.forwards[-1])) == 1
-        token_logits = self._token_logits([of_row[-1] for of_row in tokens], batch)
+        longest = max(map(len, tokens))
+        padded = [[0] * (longest - len(of_row)) + list(of_row) for of_row in tokens]
+        by_position = [self._token_logits([of_row[i] for of_row in padded], batch) for i in range(longest)]
+        token_logits = torch.stack(by_position, 1) if every_position else by_position[-1]
         if any(self.failing_token in of_row for of_row in tokens):
             raise RuntimeError("the forward failed, as it was told to")
         for row, of_row in zip(rows, tokens, strict=True):

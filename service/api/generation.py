@@ -14,7 +14,15 @@ from types import TracebackType
 
 from service.api.deps import Tokenizer
 from service.api.errors import ApiError, failed
-from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent, TokenLogprob
+from service.engine.events import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    PromptEvent,
+    TokenEvent,
+    TokenLogprob,
+)
 from service.engine.seam import Engine
 from service.engine.sequence import GenerationRequest
 
@@ -66,7 +74,7 @@ class EventStream:
     ) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent | FinishedEvent]:
+    async def __aiter__(self) -> AsyncIterator[PromptEvent | TokenEvent | FinishedEvent]:
         while not self._ended:
             event = await self._next()
             if isinstance(event, FailedEvent):
@@ -88,7 +96,7 @@ class EventStream:
 
     async def _next(self) -> Event:
         event, self._first = self._first or await self._queue.get(), None
-        self._ended = not isinstance(event, TokenEvent)
+        self._ended = isinstance(event, FinishedEvent | FailedEvent)
         return event
 
     def _deliver(self, event: Event) -> None:
@@ -114,12 +122,26 @@ class ChoiceText:
         self.finish_reason = event.finish_reason
 
 
-async def gather(events: EventStream, n: int) -> tuple[list[ChoiceText], FinishedEvent]:
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A whole answer. `prompt_logprobs` is empty unless they were asked for."""
+
+    choices: list[ChoiceText]
+    finished: FinishedEvent
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+async def gather(events: EventStream, n: int) -> Gathered:
     """Every choice whole, and the event that ended the request. Raises ApiError if the request failed."""
     choices = [ChoiceText(index) for index in range(n)]
+    prompt: tuple[TokenLogprob | None, ...] = ()
     async with events:
         async for event in events:
-            if isinstance(event, FinishedEvent):
-                return choices, event
-            choices[event.choice].add(event)
+            match event:
+                case FinishedEvent():
+                    return Gathered(choices, event, prompt)
+                case PromptEvent():
+                    prompt = event.logprobs
+                case TokenEvent():
+                    choices[event.choice].add(event)
     raise AssertionError("the engine's events ended without a terminal event")

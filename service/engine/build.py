@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 
 _RESERVED_SHARE = 8  # of every so many rows, one more is held in reserve
+_SCORED_BYTES = 128 << 20  # for the token logits of the prompts that one step scores
+_LEAST_SCORED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     max_context = options.max_context or base.context
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
-    limits = _limits(options) if batches else Limits.solo()
+    limits = _limits(options, base.vocabulary) if batches else Limits.solo()
     runner.kv.reserve(limits.max_batch_size + limits.reserve, max_context)
     worker = Worker(
         runner,
@@ -62,6 +64,7 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=runner.kv.name if batches else "solo")
 
 
-def _limits(options: EngineOptions) -> Limits:
+def _limits(options: EngineOptions, vocabulary: int) -> Limits:
     reserve = max(1, options.max_batch_size // _RESERVED_SHARE)
-    return Limits(options.max_batch_size, reserve, options.prefill_tokens)
+    scored = max(_LEAST_SCORED, _SCORED_BYTES // (4 * vocabulary))  # float32
+    return Limits(options.max_batch_size, reserve, options.prefill_tokens, scored)

@@ -1,6 +1,7 @@
 """All that the engine says back about a request.
 
-A request's events are any number of TokenEvents and then exactly one terminal event: FinishedEvent or FailedEvent.
+A request's events are a PromptEvent if it asked for one, any number of TokenEvents, and then exactly one terminal
+event: FinishedEvent or FailedEvent.
 They are delivered to the sink that came with the request, from the engine's thread.
 """
 
@@ -21,11 +22,19 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token's log-probability in the raw distribution, and the likeliest tokens of its position."""
+    """One token's log-probability in the raw distribution, and the likeliest tokens of its position."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """The log-probability of every token of the prompt, given those before it; None for the first."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +92,5 @@ class FailedEvent:
     message: str
 
 
-Event = TokenEvent | FinishedEvent | FailedEvent
+Event = PromptEvent | TokenEvent | FinishedEvent | FailedEvent
 EventSink = Callable[[Event], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +18,13 @@ from service.engine.events import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
     Timing,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
+from service.engine.guide import Guide
 from service.engine.selection import Mode
 from service.engine.sequence import GenerationRequest, Sequence, SequenceStatus
 
@@ -31,11 +33,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """What one choice needs besides its tokens: the generator it draws from and the text it has become."""
+    """What one choice needs besides its tokens: the generator it draws from, the text it has become, what guides it."""
 
     sequence: Sequence
     generator: torch.Generator
     text: TextStream
+    guide: Guide | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -56,10 +59,13 @@ class Job:
     first_token: float | None = None
     merged: bool = False  # whether every step so far ran folded
     ended: bool = False
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # nothing precedes the first
+    is_scoring: bool = field(init=False)
     _open: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._open = len(self.choices)
+        self.is_scoring = self.request.params.prompt_logprobs is not None
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -92,6 +98,20 @@ class Job:
         self._emit(TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason))
         if reason is not None:
             self._close(choice)
+
+    def take_prompt_logprobs(self, logprobs: Iterable[TokenLogprob]) -> None:
+        """Those of more tokens of the prompt; once they are all there, they are sent, before any token is."""
+        self.prompt_logprobs += logprobs
+        if self.is_scoring and len(self.prompt_logprobs) == len(self.request.prompt_ids):
+            self.is_scoring = False
+            self._emit(PromptEvent(self.request.request_id, tuple(self.prompt_logprobs)))
+
+    def finish_without_tokens(self, choice: Choice) -> None:
+        """The end of a choice that was asked for nothing but its prompt."""
+        self._emit(
+            TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.LENGTH)
+        )
+        self._close(choice)
 
     def cancel(self) -> None:
         """Ends every open choice as cancelled."""
@@ -156,6 +176,7 @@ def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_e
             Sequence(request, i, now),
             torch.Generator().manual_seed((seed + i) % 2**63),
             TextStream(decoder, request.params.stop),
+            None if request.grammar is None else request.grammar.start(),
         )
         for i in range(request.n)
     ]

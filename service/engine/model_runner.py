@@ -17,7 +17,7 @@ from service.engine.kv.backend import Blocks, KVBackend
 class ModelRunner(Protocol):
     """A batch of rows, numbered from 0, each with its own low-rank part.
 
-    Token logits come back as [rows, vocabulary] float32 on the CPU, for the last token of each row that was extended.
+    Token logits come back as float32 on the CPU: [rows, vocabulary], for the last token of each row that was extended.
     """
 
     @property
@@ -39,8 +39,18 @@ class ModelRunner(Protocol):
         """Adds empty rows after those there."""
         ...
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor:
-        """Runs more tokens of some rows. When it raises, nothing has happened and it may be tried again."""
+    def extend(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        batch: LowRankBatch | None,
+        *,
+        every_position: bool = False,
+    ) -> Tensor:
+        """Runs more tokens of some rows. When it raises, nothing has happened and it may be tried again.
+
+        With `every_position` the token logits are [rows, positions, vocabulary], a row's own positions its last ones.
+        """
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -65,7 +75,7 @@ class TransformersRunner:
         self.kv = kv
         accepted = inspect.signature(adapted.model.forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._keeps_last_logits = "logits_to_keep" in accepted
 
     @property
     def rows(self) -> int:
@@ -82,9 +92,18 @@ class TransformersRunner:
         self.kv.add(rows)
 
     @torch.inference_mode()
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor:
+    def extend(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        batch: LowRankBatch | None,
+        *,
+        every_position: bool = False,
+    ) -> Tensor:
         step = self.kv.begin(rows, [len(of_row) for of_row in tokens])
-        arguments: dict[str, Any] = {**self._last_logits_only}
+        arguments: dict[str, Any] = {}
+        if self._keeps_last_logits and not every_position:
+            arguments["logits_to_keep"] = 1
         if self._takes_positions:
             arguments["position_ids"] = step.positions
         with self._adapted.using(batch):
@@ -95,7 +114,7 @@ class TransformersRunner:
                 use_cache=True,
                 **arguments,
             )
-        token_logits: Tensor = output.logits[:, -1].float().cpu()
+        token_logits: Tensor = (output.logits if every_position else output.logits[:, -1]).float().cpu()
         self.kv.commit()
         return token_logits
 

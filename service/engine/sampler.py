@@ -2,7 +2,7 @@
 
 Each request draws from a generator of its own, one uniform number a step, turned into a token by inverting the
 cumulative distribution: a seed gives the same text alone and in any batch. Rows that only need temperature, top-k,
-top-p and min-p are computed together; a row with a repetition penalty gets it beforehand, alone.
+top-p and min-p are computed together; a row with penalties, a bias or a grammar gets them beforehand, alone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,26 @@ from service.engine.sequence import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What the sampler needs of one row. `history` is read only under a repetition penalty."""
+    """What the sampler needs of one row. `prompt` and `output` are token ids; `allowed` a bool mask [vocabulary]."""
 
     params: SamplingParams
     generator: torch.Generator
-    history: Seq[int] = ()
+    prompt: Seq[int] = ()
+    output: Seq[int] = ()
+    allowed: Tensor | None = None
+
+    @property
+    def reshapes(self) -> bool:
+        return self.params.reshapes or self.allowed is not None
 
 
 def sample(token_logits: Tensor, rows: Seq[SamplingRow]) -> list[int]:
-    """One token id per row, from token_logits [rows, vocabulary] float32."""
-    token_logits = _penalised(token_logits, rows)
+    """One token id per row, from finite token_logits [rows, vocabulary] float32."""
+    asking = [i for i, row in enumerate(rows) if row.reshapes]
+    if asking:
+        token_logits = token_logits.clone()
+        for i in asking:
+            token_logits[i] = _reshaped(token_logits[i], rows[i])
     chosen = token_logits.argmax(-1)
     random = [i for i, row in enumerate(rows) if not row.params.greedy]
     if random:
@@ -36,25 +46,40 @@ def sample(token_logits: Tensor, rows: Seq[SamplingRow]) -> list[int]:
     return chosen.tolist()
 
 
-def logprobs(token_logits: Tensor, token_id: int, top: int) -> TokenLogprob:
-    """The raw log-probability of one row's token and of its `top` likeliest, from token_logits [vocabulary]."""
+def logprobs(token_logits: Tensor, token_ids: Seq[int], top: int) -> list[TokenLogprob]:
+    """The raw log-probability of one token per position and of the `top` likeliest there.
+
+    From token_logits [positions, vocabulary].
+    """
+    if not token_ids:
+        return []
     normalised = token_logits.log_softmax(-1)
-    best = normalised.topk(top) if top else None
-    likeliest = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(normalised[token_id]), likeliest)
+    chosen = normalised.gather(-1, torch.tensor(token_ids).unsqueeze(-1)).squeeze(-1).tolist()
+    best = normalised.topk(min(top, normalised.shape[-1]))
+    likeliest = [
+        tuple(zip(*each, strict=True)) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return [TokenLogprob(*each) for each in zip(token_ids, chosen, likeliest, strict=True)]
 
 
-def _penalised(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:
+def _reshaped(token_logits: Tensor, row: SamplingRow) -> Tensor:
+    """One row's token logits [vocabulary] after its penalties, its bias and its grammar, in this order."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        token_logits = _less_repetitive(token_logits, [*row.prompt, *row.output], params.repetition_penalty)
+    if row.output and (params.presence_penalty or params.frequency_penalty):
+        seen, counts = torch.unique(torch.tensor(row.output), return_counts=True)
+        token_logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    for token_id, bias in params.logit_bias:
+        token_logits[token_id] += bias
+    return token_logits if row.allowed is None else token_logits.masked_fill(~row.allowed, float("-inf"))
+
+
+def _less_repetitive(token_logits: Tensor, history: Seq[int], penalty: float) -> Tensor:
     """Repetition penalty (arXiv 1909.05858): seen tokens' logits are divided by it, or multiplied when negative."""
-    asking = [(i, row) for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
-    if not asking:
-        return token_logits
-    token_logits = token_logits.clone()
-    for i, row in asking:
-        seen = torch.tensor(sorted(set(row.history)))
-        values, penalty = token_logits[i, seen], row.params.repetition_penalty
-        token_logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
-    return token_logits
+    seen = torch.tensor(sorted(set(history)))
+    values = token_logits[seen]
+    return token_logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
 
 
 def _draw(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:

@@ -25,11 +25,16 @@ _LEAST_CHUNK = 32  # tokens of a prompt that is cut: a forward for fewer costs a
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_batch_size` rows, and beside them `reserve` for selections without one; `prefill_tokens` in one step."""
+    """`max_batch_size` rows, and beside them `reserve` for selections without one; `prefill_tokens` in one step.
+
+    Of these at most `scored_tokens` are of prompts whose log-probabilities are asked for: each needs a whole row of
+    token logits.
+    """
 
     max_batch_size: int = 16
     reserve: int = 0
     prefill_tokens: int = 512
+    scored_tokens: int = sys.maxsize
 
     @classmethod
     def solo(cls) -> Limits:
@@ -101,14 +106,18 @@ class Scheduler:
 
     def prefill(self) -> list[Chunk]:
         """The prompt tokens to run in this step, within the budget, for the shares served least first."""
-        room = self._limits.prefill_tokens
+        room, scored_room = self._limits.prefill_tokens, self._limits.scored_tokens
         chunks: list[Chunk] = []
         for sequence in sorted((s for s in self._running if s.is_prefilling), key=lambda s: self._served[s.share]):
             rest = sequence.request.prompt_ids[sequence.prefilled :]
-            if room < min(len(rest), _LEAST_CHUNK) and chunks:
+            least = min(len(rest), _LEAST_CHUNK) if chunks else 0
+            if room < least:
                 break
-            tokens = rest[:room]
+            if sequence.is_scored and scored_room < least:
+                continue
+            tokens = rest[: min(room, scored_room) if sequence.is_scored else room]
             room -= len(tokens)
+            scored_room -= len(tokens) if sequence.is_scored else 0
             chunks.append(Chunk(sequence, tokens))
         return chunks
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from service.engine.guide import Grammar
 from service.engine.selection import Selection
 
 
@@ -14,8 +15,10 @@ from service.engine.selection import Selection
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. `logprobs` None reports none, 0 the chosen
-    token's, up to 20 the likeliest too; they are of the raw distribution, before temperature and penalties.
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The repetition penalty counts the tokens of the
+    prompt too, the presence and frequency penalties only generated ones. `logit_bias` is added to the logits of the
+    tokens that it names. `logprobs` None reports none, 0 the chosen token's, up to 20 the likeliest too; they are of the
+    raw distribution, before temperature, penalties and bias. `prompt_logprobs` reports the prompt's own likewise.
     """
 
     max_new_tokens: int = 16
@@ -24,22 +27,33 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the logits are changed before a token is chosen, by more than temperature and cut-offs."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalised or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What is submitted to the engine: one prompt, one selection, `n` choices. Choice i samples with seed + i.
 
-    `timeout_s` is measured from submission; a request that outlives it fails with `request_timeout`.
+    `timeout_s` is measured from submission; a request that outlives it fails with `request_timeout`. `grammar` is what
+    every choice has to follow.
     """
 
     request_id: str
@@ -49,6 +63,7 @@ class GenerationRequest:
     n: int = 1
     tenant: str = ""
     timeout_s: float | None = None
+    grammar: Grammar | None = None
 
 
 class SequenceStatus(Enum):
@@ -79,6 +94,11 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.prefilled < len(self.request.prompt_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt's log-probabilities are asked for: every token of it must be run. One choice does it."""
+        return self.params.prompt_logprobs is not None and self.choice == 0
 
     @property
     def final_length(self) -> int:

@@ -26,7 +26,7 @@ from adapters.low_rank import LowRankBatch
 from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
-from service.engine.events import FinishReason, TokenLogprob
+from service.engine.events import FinishReason
 from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
 from service.engine.prefix_cache import PrefixCache, common_blocks
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _MIXES_KEPT = 4
 _WORTH_PADDING = 32  # tokens: about what a forward costs, however small it is (measured on a CPU)
 _IDLE_RANKS = 512  # a stack that has grown beyond it is let go of when nothing runs
+_BROKEN = "the model answered NaN or infinity; is the adapter or the dtype at fault?"
 
 Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
 
@@ -151,7 +152,14 @@ class Worker:
         return spare >= 0
 
     def _is_ready(self, sequence: Sequence) -> bool:
-        """Not while a row is just running a beginning that this one could take from the cache afterwards."""
+        """Not while a row is just running a beginning that this one could take from the cache afterwards.
+
+        Nor before the choice that scores the prompt is done with it: its log-probabilities are sent first.
+        """
+        if sequence.is_scored:
+            return True
+        if self._owners[sequence][0].is_scoring:
+            return False
         if self._prefixes is None:
             return True
         owner, prompt = sequence.prefix_owner, sequence.request.prompt_ids
@@ -163,7 +171,7 @@ class Worker:
         return not shared or max(shared) <= self._prefixes.matched_tokens(owner, prompt)
 
     def _take_prefix(self, row: int, sequence: Sequence) -> None:
-        if self._prefixes is None:
+        if self._prefixes is None or sequence.is_scored:
             return
         hit = self._prefixes.match(sequence.prefix_owner, sequence.request.prompt_ids)
         with _optional("a prefix was not reused"):
@@ -179,7 +187,12 @@ class Worker:
         for chunks in self._together(self._scheduler.prefill()):
             complete = []
             counts = {chunk.sequence: len(chunk.tokens) for chunk in chunks}
-            for sequence, token_logits in self._forward(list(counts), [chunk.tokens for chunk in chunks]):
+            scored = chunks[0].sequence.is_scored
+            answers = self._forward(list(counts), [chunk.tokens for chunk in chunks], every_position=scored)
+            for sequence, token_logits in answers:
+                if scored:
+                    self._score(sequence, token_logits[-counts[sequence] :])
+                    token_logits = token_logits[-1]
                 sequence.prefilled += counts[sequence]
                 self.prompt_tokens += counts[sequence]
                 if not sequence.is_prefilling:
@@ -192,16 +205,34 @@ class Worker:
     def _together(self, chunks: Seq[Chunk]) -> list[list[Chunk]]:
         """The chunks that share a forward: of one length, or of lengths so alike that padding costs less than another.
 
-        The first chunks first, as they were scheduled, and with each those that it can take along.
+        The first chunks first, as they were scheduled, and with each those that it can take along. Prompts to be scored
+        stay among themselves, as every position of theirs is answered.
         """
         padding = _WORTH_PADDING if self._runner.ragged else 0
         forwards: list[list[Chunk]] = []
-        for chunk in sorted(chunks, key=lambda chunk: len(chunk.tokens), reverse=True):
-            if not forwards or len(forwards[-1][0].tokens) - len(chunk.tokens) > padding:
+        for chunk in sorted(chunks, key=lambda chunk: (chunk.sequence.is_scored, -len(chunk.tokens))):
+            first = forwards[-1][0] if forwards else None
+            if (
+                first is None
+                or first.sequence.is_scored != chunk.sequence.is_scored
+                or len(first.tokens) - len(chunk.tokens) > padding
+            ):
                 forwards.append([])
             forwards[-1].append(chunk)
         turn = {chunk.sequence: turn for turn, chunk in enumerate(chunks)}
         return sorted(forwards, key=lambda forward: min(turn[chunk.sequence] for chunk in forward))
+
+    def _score(self, sequence: Sequence, token_logits: Tensor) -> None:
+        """Reports how likely the prompt's next tokens were, from token_logits [positions, vocabulary]."""
+        job, start = self._owners[sequence][0], sequence.prefilled
+        if job.ended:
+            return
+        if bool(_broken(token_logits).any()):
+            job.fail("internal_error", _BROKEN)
+            return
+        following = sequence.request.prompt_ids[start + 1 : start + 1 + len(token_logits)]
+        top = sequence.params.prompt_logprobs or 0
+        job.take_prompt_logprobs(sampler.logprobs(token_logits[: len(following)], following, top))
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Keeps the state of a prompt, unless running rows may yet need the memory."""
@@ -226,20 +257,24 @@ class Worker:
             self._scheduler.charge(sequence, 1)
         self._take_tokens(answers)
 
-    def _forward(self, sequences: list[Sequence], tokens: list[Seq[int]]) -> list[Answer]:
+    def _forward(
+        self, sequences: list[Sequence], tokens: list[Seq[int]], *, every_position: bool = False
+    ) -> list[Answer]:
         """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
         for sequence in sequences:
             self._owners[sequence][0].mark_step(folded=self._folded is not None)
         try:
             row_of = {sequence: row for row, sequence in enumerate(self._scheduler.running)}
             batch = None if self._folded is not None else self._low_rank(sequences)
-            token_logits = self._runner.extend([row_of[sequence] for sequence in sequences], tokens, batch)
+            rows = [row_of[sequence] for sequence in sequences]
+            token_logits = self._runner.extend(rows, tokens, batch, every_position=every_position)
         except Exception as error:
             if len(sequences) == 1 or is_fatal(error):
                 self._fail(sequences, error)
                 return []
             half = len(sequences) // 2
-            return self._forward(sequences[:half], tokens[:half]) + self._forward(sequences[half:], tokens[half:])
+            halves = (sequences[:half], tokens[:half]), (sequences[half:], tokens[half:])
+            return [answer for each in halves for answer in self._forward(*each, every_position=every_position)]
         return list(zip(sequences, token_logits, strict=True))
 
     def _fold_or_restore(self) -> None:
@@ -300,34 +335,49 @@ class Worker:
         if not answers:
             return
         token_logits = torch.stack([of_row for _, of_row in answers])
-        broken = _broken(token_logits).tolist()
-        rows = [self._sampling_row(sequence) for sequence, _ in answers]
-        tokens = sampler.sample(token_logits.nan_to_num() if any(broken) else token_logits, rows)
-        for (sequence, of_row), token, is_broken in zip(answers, tokens, broken, strict=True):
+        rows: dict[int, SamplingRow] = {}
+        for i, ((sequence, _), is_broken) in enumerate(zip(answers, _broken(token_logits).tolist(), strict=True)):
             job, choice = self._owners[sequence]
             if job.ended:
                 continue
             if is_broken:
-                job.fail("internal_error", "the model answered NaN or infinity; is the adapter or the dtype at fault?")
+                job.fail("internal_error", _BROKEN)
+            elif sequence.params.max_new_tokens == 0:
+                job.finish_without_tokens(choice)
+            else:
+                with self._blaming(sequence):
+                    rows[i] = _sampling_row(choice)
+        if not rows:
+            return
+        of_rows = token_logits if len(rows) == len(answers) else token_logits[list(rows)]
+        for i, token in zip(rows, sampler.sample(of_rows, list(rows.values())), strict=True):
+            sequence = answers[i][0]
+            job, choice = self._owners[sequence]
+            if job.ended:
                 continue
-            wanted = sequence.params.logprobs
-            logprob = None if wanted is None else sampler.logprobs(of_row, token, wanted)
-            try:
-                self._take_token(job, choice, token, logprob)
-            except Exception as error:
-                self._fail([sequence], error)
+            with self._blaming(sequence):
+                self._take_token(job, choice, token, token_logits[i])
 
-    def _take_token(self, job: Job, choice: Choice, token: int, logprob: TokenLogprob | None) -> None:
+    def _take_token(self, job: Job, choice: Choice, token: int, token_logits: Tensor) -> None:
         params = choice.sequence.params
+        wanted = params.logprobs
+        logprob = None if wanted is None else sampler.logprobs(token_logits.unsqueeze(0), [token], wanted)[0]
+        if choice.guide is not None:
+            choice.guide.accept(token)
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        complete = ends or (choice.guide is not None and choice.guide.complete)
         full = len(choice.sequence.output_ids) + 1 >= params.max_new_tokens
-        reason = FinishReason.STOP if ends else FinishReason.LENGTH if full else None
+        reason = FinishReason.STOP if complete else FinishReason.LENGTH if full else None
         self.completion_tokens += 1
         job.take_token(choice, token, reason, logprob, hidden=ends)
 
-    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        history = sequence.all_ids() if sequence.params.repetition_penalty != 1.0 else ()
-        return SamplingRow(sequence.params, self._owners[sequence][1].generator, history)
+    @contextmanager
+    def _blaming(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong with one row's token ends its request."""
+        try:
+            yield
+        except Exception as error:
+            self._fail([sequence], error)
 
     def _drop_finished(self) -> None:
         rows = self._scheduler.remove_finished()
@@ -349,6 +399,17 @@ class Worker:
         log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
         for sequence in sequences:
             self._owners[sequence][0].fail(*failure(error))
+
+
+def _sampling_row(choice: Choice) -> SamplingRow:
+    sequence = choice.sequence
+    return SamplingRow(
+        sequence.params,
+        choice.generator,
+        sequence.request.prompt_ids,
+        sequence.output_ids,
+        None if choice.guide is None else choice.guide.allowed(),
+    )
 
 
 def _weighted(selection: Selection, factors: Seq[AdapterFactors]) -> list[tuple[AdapterFactors, float]]:

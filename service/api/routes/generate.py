@@ -88,14 +88,14 @@ def _timeout(asked: float | None, limit: float | None) -> float | None:
 
 
 async def _answer(job: _Job, events: EventStream) -> GenerateResponse:
-    choices, finished = await gather(events, job.request.n)
+    answer = await gather(events, job.request.n)
     return GenerateResponse(
         id=job.request.request_id,
         model=job.model,
-        selection=SelectionView.of(job.request.selection, finished.mode),
-        choices=[job.writer.whole(choice) for choice in choices],
-        usage=UsageView.of(finished.usage),
-        timing=TimingView.of(finished.timing),
+        selection=SelectionView.of(job.request.selection, answer.finished.mode),
+        choices=[job.writer.whole(choice) for choice in answer.choices],
+        usage=UsageView.of(answer.finished.usage),
+        timing=TimingView.of(answer.finished.timing),
     )
 
 
@@ -108,6 +108,7 @@ async def _frames(job: _Job, events: EventStream) -> AsyncGenerator[str, None]:
             if isinstance(event, FinishedEvent):
                 yield data_frame(_last_delta(job, last, event).model_dump_json(exclude_unset=True))
                 continue
+            assert isinstance(event, TokenEvent), "this route asks for no prompt's log-probabilities"
             running -= event.finish_reason is not None
             if running == 0:
                 last = event

@@ -32,10 +32,10 @@ class GatedRunner(FakeRunner):
         self.gate.set()
         self.entered = threading.Event()
 
-    def extend(self, rows, tokens, batch):  # type: ignore[no-untyped-def]
+    def extend(self, rows, tokens, batch, **options):  # type: ignore[no-untyped-def]
         self.entered.set()
         assert self.gate.wait(10)
-        return super().extend(rows, tokens, batch)
+        return super().extend(rows, tokens, batch, **options)
 
 
 class FakeRegistry:

@@ -9,8 +9,15 @@ from service.engine.sampler import SamplingRow, logprobs, sample
 from service.engine.sequence import SamplingParams
 
 
-def row(seed: int = 0, history: tuple[int, ...] = (), **params: object) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), torch.Generator().manual_seed(seed), history)  # type: ignore[arg-type]
+def row(
+    seed: int = 0,
+    prompt: tuple[int, ...] = (),
+    output: tuple[int, ...] = (),
+    allowed: torch.Tensor | None = None,
+    **params: object,
+) -> SamplingRow:
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    return SamplingRow(sampling, torch.Generator().manual_seed(seed), prompt, output, allowed)
 
 
 def frequencies(token_logits: torch.Tensor, draws: int = 4000, **params: object) -> torch.Tensor:
@@ -77,21 +84,26 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 def test_repetition_penalty_lowers_seen_tokens_whatever_their_sign() -> None:
     token_logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
-    assert sample(token_logits, [row(temperature=0.0, repetition_penalty=1.2, history=(0,))]) == [1]
+    assert sample(token_logits, [row(temperature=0.0, repetition_penalty=1.2, prompt=(0,))]) == [1]
+    assert sample(token_logits, [row(temperature=0.0, repetition_penalty=1.2, output=(0,))]) == [1]
     seen_negative = torch.tensor([[-1.0, -1.1]])
-    assert sample(seen_negative, [row(temperature=0.0, repetition_penalty=1.2, history=(0,))]) == [1]
+    assert sample(seen_negative, [row(temperature=0.0, repetition_penalty=1.2, prompt=(0,))]) == [1]
     assert token_logits[0, 0] == 2.0, "the caller's token logits stay as they are"
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
-    token_logits = torch.tensor([0.1, 0.6, 0.3]).log()
-    none = logprobs(token_logits, 0, 0)
-    assert none.token_id == 0
-    assert math.isclose(none.logprob, math.log(0.1), rel_tol=1e-5)
-    assert none.top == ()
-    two = logprobs(token_logits, 0, 2)
-    assert [token for token, _ in two.top] == [1, 2]
-    assert math.isclose(two.top[0][1], math.log(0.6), rel_tol=1e-5)
+    token_logits = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]).log()
+    first, second = logprobs(token_logits, [0, 2], 0)
+    assert (first.token_id, second.token_id) == (0, 2)
+    assert math.isclose(first.logprob, math.log(0.1), rel_tol=1e-5)
+    assert math.isclose(second.logprob, math.log(0.3), rel_tol=1e-5)
+    assert first.top == second.top == ()
+    first, second = logprobs(token_logits, [0, 2], 2)
+    assert [token for token, _ in first.top] == [1, 2]
+    assert [token for token, _ in second.top] == [0, 2]
+    assert math.isclose(first.top[0][1], math.log(0.6), rel_tol=1e-5)
+    assert logprobs(token_logits[:0], [], 2) == []
+    assert len(logprobs(token_logits, [0, 2], 20)[0].top) == 3, "no more than there are"
 
 
 def test_rounding_between_tokens_nearly_alike_changes_no_draw() -> None:
@@ -102,3 +114,28 @@ def test_rounding_between_tokens_nearly_alike_changes_no_draw() -> None:
     assert not torch.equal(token_logits.argsort(), nudged.argsort())
     one, other = row(seed=1), row(seed=1)
     assert [sample(token_logits, [one]) for _ in range(50)] == [sample(nudged, [other]) for _ in range(50)]
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_alone() -> None:
+    token_logits = torch.tensor([[2.0, 1.8, 1.5]])
+    assert sample(token_logits, [row(temperature=0.0, presence_penalty=0.3, prompt=(0, 0))]) == [0]
+    assert sample(token_logits, [row(temperature=0.0, presence_penalty=0.3, output=(0,))]) == [1]
+    assert sample(token_logits, [row(temperature=0.0, presence_penalty=0.3, output=(0, 1))]) == [0]
+    assert sample(token_logits, [row(temperature=0.0, frequency_penalty=0.3, output=(0, 0, 1))]) == [2]
+    assert sample(token_logits, [row(temperature=0.0, presence_penalty=-1.0, output=(2,))]) == [2], "negative: rewards"
+
+
+def test_logit_bias_moves_the_tokens_that_it_names() -> None:
+    token_logits = torch.tensor([[2.0, 1.0, 0.0]])
+    assert sample(token_logits, [row(temperature=0.0, logit_bias=((2, 2.5),))]) == [2]
+    assert frequencies(token_logits, draws=50, logit_bias=((0, -100.0), (1, -100.0)))[2] == 1.0
+    assert token_logits[0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_only_allowed_tokens_are_chosen_and_no_bias_changes_that() -> None:
+    token_logits = torch.tensor([[9.0, 1.0, 0.0], [9.0, 1.0, 0.0]])
+    allowed = torch.tensor([False, False, True])
+    bias = {"temperature": 0.0, "logit_bias": ((1, 100.0),)}
+    assert sample(token_logits, [row(allowed=allowed, **bias), row(temperature=0.0)]) == [2, 0]
+    drawn = {sample(token_logits[:1], [row(seed=seed, allowed=~allowed)])[0] for seed in range(200)}
+    assert drawn == {0, 1}

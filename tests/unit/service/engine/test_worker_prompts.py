@@ -27,13 +27,13 @@ class CheckedRunner(FakeRunner):
 
     worker: Worker
 
-    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: Any) -> torch.Tensor:
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: Any, **options: Any) -> torch.Tensor:
         for row, of_row in zip(rows, tokens, strict=True):
             text = list(self.worker.running[row].all_ids())
             start = len(self.texts[row])
             assert self.texts[row] == text[:start]
             assert list(of_row) == text[start : start + len(of_row)]
-        return super().extend(rows, tokens, batch)
+        return super().extend(rows, tokens, batch, **options)
 
 
 class Bench:

@@ -1,0 +1,36 @@
+"""What constrains a choice's output: a grammar, and one choice's way through it.
+
+The engine asks only this much; `service.api.guidance` implements it over llguidance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Guide(Protocol):
+    """One choice's state. Used by one thread at a time."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next: bool [vocabulary], true for at least one. Raises ValueError if none may."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Takes the token that was chosen, one of those allowed."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may follow."""
+        ...
+
+
+class Grammar(Protocol):
+    """What the output must look like. Compiled, so that starting is cheap."""
+
+    def start(self) -> Guide:
+        """A guide for one choice, at its beginning. From any thread."""
+        ...
