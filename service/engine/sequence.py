@@ -16,9 +16,9 @@ class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The repetition penalty counts the tokens of the
-    prompt too, the presence and frequency penalties only generated ones. `logit_bias` is added to the logits of the
-    tokens that it names. `logprobs` None reports none, 0 the chosen token's, up to 20 the likeliest too; they are of the
-    raw distribution, before temperature, penalties and bias. `prompt_logprobs` reports the prompt's own likewise.
+    prompt too, the presence and frequency penalties only generated ones; `logit_bias` is added to the logits of the
+    tokens that it names. `logprobs` None reports none, 0 the chosen token's, up to 20 the likeliest too, all of the raw
+    distribution, before temperature, penalties and bias; `prompt_logprobs` likewise the prompt's own.
     """
 
     max_new_tokens: int = 16
