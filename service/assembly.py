@@ -157,6 +157,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         max_upload_bytes=settings.max_upload,
         upload_timeout_s=settings.upload_timeout_s,
         request_timeout_s=settings.request_timeout_s,
+        default_max_tokens=settings.default_max_tokens,
         allow_source=settings.allow_source,
         api_keys=api_keys,
         metrics_public=settings.metrics_public,

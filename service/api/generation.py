@@ -46,6 +46,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[in
     return (tokenizer.bos_token_id,)
 
 
+def timeout_of(asked: float | None, limit: float | None) -> float | None:
+    """The request's own, within the server's."""
+    given = [timeout for timeout in (asked, limit) if timeout is not None]
+    return min(given, default=None)
+
+
 class EventStream:
     """The events of accepted requests, those of each in order, on the event loop that created it.
 
