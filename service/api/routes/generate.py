@@ -88,7 +88,7 @@ def _timeout(asked: float | None, limit: float | None) -> float | None:
 
 
 async def _answer(job: _Job, events: EventStream) -> GenerateResponse:
-    answer = await gather(events, job.request.n)
+    (answer,) = await gather(events, [job.request])
     return GenerateResponse(
         id=job.request.request_id,
         model=job.model,
