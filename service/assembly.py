@@ -17,6 +17,7 @@ from adapters.errors import AdapterError, AdapterNotFound, CheckpointError
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import AdapterStore, digest_of
 from service.api.deps import ApiSettings, BaseInfo, ServerState
+from service.api.guidance import Guidance
 from service.api.sources import OPTIONAL_FILES, REQUIRED_FILES
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
@@ -77,6 +78,7 @@ def build_server(settings: Settings) -> Server:
             tokenizer=base.tokenizer,
             base=_base_info(base, engine.kv_backend),
             metrics=PrometheusMetrics(engine, registry, store),
+            guidance=Guidance(base.tokenizer.underlying, base.vocabulary, base.eos_token_ids),
         )
         return Server(state, opened.pop_all())
 

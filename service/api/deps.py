@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
+from service.api.guidance import Guidance
 from service.engine.seam import Engine
 from service.engine.selection import BASE
 
@@ -121,6 +122,7 @@ class ServerState:
     tokenizer: Tokenizer
     base: BaseInfo
     metrics: Metrics
+    guidance: Guidance
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
 
 

@@ -20,6 +20,11 @@ class TextTokenizer:
         self.vocabulary = vocabulary
 
     @property
+    def underlying(self) -> Any:
+        """The transformers tokenizer itself."""
+        return self._tokenizer
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._tokenizer.bos_token_id  # type: ignore[no-any-return]
 
