@@ -15,7 +15,18 @@ from service.api.errors import install_error_handlers
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
-from service.api.routes import activation, adapters, chat, completions, docs, generate, health, models, parameters
+from service.api.routes import (
+    activation,
+    adapters,
+    chat,
+    completions,
+    docs,
+    generate,
+    health,
+    lorax,
+    models,
+    parameters,
+)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -23,6 +34,7 @@ _API_ROUTERS = (
     generate.router,
     completions.router,
     chat.router,
+    lorax.router,
     models.router,
     adapters.router,
     activation.router,

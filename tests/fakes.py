@@ -14,6 +14,7 @@ from service.engine.events import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
     Timing,
     TokenEvent,
     TokenLogprob,
@@ -92,6 +93,8 @@ class FakeEngine:
 
     def _generate(self, request: GenerationRequest, sink: EventSink) -> Event:
         """Delivers the tokens; returns the terminal event."""
+        if request.params.prompt_logprobs is not None:
+            sink(PromptEvent(request.request_id, _prompt_logprobs(request)))
         for step in range(request.params.max_new_tokens):
             if step == self.hold_after:
                 self.gate.clear()
@@ -108,6 +111,12 @@ class FakeEngine:
 def fake_text(header: str, tokens: int) -> str:
     """What the FakeEngine answers for a selection with that header."""
     return (f"{header};" * tokens)[:tokens]
+
+
+def _prompt_logprobs(request: GenerationRequest) -> tuple[TokenLogprob | None, ...]:
+    """The i-th token's log-probability is -i."""
+    top = tuple((ord("a") + i, -1.0 - i) for i in range(request.params.prompt_logprobs or 0))
+    return (None, *(TokenLogprob(token_id, -float(i), top) for i, token_id in enumerate(request.prompt_ids[1:], 1)))
 
 
 def _token(request: GenerationRequest, choice: int, step: int) -> TokenEvent:

@@ -90,6 +90,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it stands for no text of its own, as EOS does."""
+        ...
+
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included."""
         ...

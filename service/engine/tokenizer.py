@@ -18,6 +18,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @property
     def underlying(self) -> Any:
@@ -73,6 +75,10 @@ class TextTokenizer:
         """Text without special tokens. Ids beyond the tokenizer's own (a padded vocabulary) decode to nothing."""
         known = [i for i in ids if i < len(self._tokenizer)]
         return str(self._tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it stands for no text of its own, as EOS does."""
+        return token_id in self._special
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included."""
