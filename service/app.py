@@ -26,6 +26,7 @@ from service.api.routes import (
     lorax,
     models,
     parameters,
+    tokenize,
 )
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -39,6 +40,7 @@ _API_ROUTERS = (
     adapters.router,
     activation.router,
     parameters.router,
+    tokenize.router,
 )
 
 # Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.

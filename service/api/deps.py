@@ -63,7 +63,13 @@ class BaseInfo:
 
 
 class Tokenizer(Protocol):
-    """The base model's tokenizer. Every method may be called from any thread."""
+    """The base model's tokenizer. Every method may be called from any thread.
+
+    `vocabulary` counts the model's token ids, of which the tokenizer may know fewer.
+    """
+
+    @property
+    def vocabulary(self) -> int: ...
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -88,7 +94,11 @@ class Tokenizer(Protocol):
         """Token ids, with the special tokens that the tokenizer adds of itself unless told not to."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def entries(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them, which is not always text: `Ġthe`."""
+        ...
 
     def is_special(self, token_id: int) -> bool:
         """Whether it stands for no text of its own, as EOS does."""
