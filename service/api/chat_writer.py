@@ -45,7 +45,8 @@ class ChatWriter:
     async def whole(self, events: EventStream) -> ChatResponse:
         (answer,) = await gather(events, [self.request])
         choices = [self._choice(choice) for choice in answer.choices]
-        return ChatResponse(**self.answer.fields(), choices=choices, usage=usage_of([answer.finished.usage]))
+        usage = usage_of([answer.finished.usage])
+        return ChatResponse(**self.answer.fields(), object="chat.completion", choices=choices, usage=usage)
 
     async def frames(self, events: EventStream) -> AsyncGenerator[str, None]:
         usage: Usage | None = None

@@ -77,7 +77,9 @@ class Guidance:
     def choice(self, options: Sequence[str], *, param: str = "guided_choice") -> Grammar:
         """One of the texts given."""
         if not 1 <= len(options) <= MAX_OPTIONS:
-            raise ApiError("invalid_request", f"give 1 to {MAX_OPTIONS:,} choices, not {len(options):,}", param=param)
+            raise ApiError(
+                "invalid_request", f"{param!r} takes 1 to {MAX_OPTIONS:,} texts, not {len(options):,}", param=param
+            )
         _check_size(sum(len(option.encode()) for option in options), MAX_OPTIONS_BYTES, "all choices together", param)
         return self._grammar(_of_regex, "|".join(re.escape(option) for option in options), param)
 

@@ -77,8 +77,8 @@ def test_details_of_the_prompt(server: Server) -> None:
     details = ask(server, "abc", decoder_input_details=True).json()["details"]
     assert details["prefill"] == [
         {"id": ord("a"), "text": "a", "logprob": None},
-        {"id": ord("b"), "text": "b", "logprob": -1.0},
-        {"id": ord("c"), "text": "c", "logprob": -2.0},
+        {"id": ord("b"), "text": "b", "logprob": -3.0},
+        {"id": ord("c"), "text": "c", "logprob": -3.0},
     ]
     assert details["seed"] is None, "greedy"
     assert [token["alternative_tokens"] for token in details["tokens"]] == [None] * 4
