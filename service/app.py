@@ -15,6 +15,8 @@ from service.api.errors import install_error_handlers
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
+from service.api.middleware.cors import CrossOrigin
+from service.api.middleware.uncaught import UncaughtErrors
 from service.api.routes import (
     activation,
     adapters,
@@ -68,6 +70,9 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     # Added innermost first.
     app.add_middleware(BodyLimits, settings=state.settings)
     app.add_middleware(Authentication, settings=state.settings)
+    app.add_middleware(UncaughtErrors)
+    if state.settings.cors_origins:
+        app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)
     app.add_middleware(RequestContext, metrics=state.metrics)
     return app
 

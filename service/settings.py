@@ -21,7 +21,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from service.setting_kinds import ADAPTER, BOOLEAN, BYTES, PATH, SECONDS, TEXT, AdapterSource, Kind, choice, whole
+from service.setting_kinds import (
+    ADAPTER,
+    BOOLEAN,
+    BYTES,
+    ORIGIN,
+    PATH,
+    SECONDS,
+    TEXT,
+    AdapterSource,
+    Kind,
+    choice,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +124,9 @@ class Settings:
     )
     api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
     metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
+    cors_origin: tuple[str, ...] = _setting(
+        ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
+    )
     log_format: str = _setting(choice("text", "json"), "text", "How log lines are written.")
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info", "The least severe records logged.")
 

@@ -42,6 +42,7 @@ class ApiSettings:
     allow_source: tuple[Path, ...] = ()
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
+    cors_origins: tuple[str, ...] = ()
 
     def means_base(self, name: str) -> bool:
         return name == BASE or name in self.base_names

@@ -54,9 +54,10 @@ class TestPrecedence:
             "dtype": "bfloat16", "threads": "2", "host": "0.0.0.0", "port": "9000", "data_dir": "/data",
             "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3", "max_batch_size": "4",
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
-            "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
+            "default_max_tokens": "8", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
             "request_timeout_s": "9", "drain_timeout_s": "10", "allow_source": "/adapters", "api_key_file": "/keys",
-            "metrics_public": "false", "log_format": "json", "log_level": "debug",
+            "metrics_public": "false", "cors_origin": "https://a.example:8443", "log_format": "json",
+            "log_level": "debug",
         }[setting.name]  # fmt: skip
         config.write_text(f'{setting.flag[2:]} = "{text}"\n')
         flag = load({setting.name: [text] if setting.repeatable else text})
@@ -92,6 +93,15 @@ class TestValues:
         with pytest.raises(ValueError):  # noqa: PT011 - what a Kind's parse promises
             parse_size(text)
 
+    @pytest.mark.parametrize(
+        "origin", ["*", "https://a.example", "http://localhost:3000", "http://[::1]:8080", "tauri://localhost"]
+    )
+    def test_origins(self, origin: str) -> None:
+        assert load({"cors_origin": [origin]}).cors_origin == (origin,)
+
+    def test_origins_are_compared_as_browsers_write_them(self) -> None:
+        assert load({"cors_origin": ["HTTPS://A.Example"]}).cors_origin == ("https://a.example",)
+
     def test_home_and_xdg(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/ada")
         monkeypatch.delenv("XDG_DATA_HOME", raising=False)
@@ -126,6 +136,8 @@ class TestErrors:
             ("metrics_public", "maybe", "--metrics-public is 'maybe'; expected true or false"),
             ("dtype", "int4", "--dtype is 'int4'; expected one of auto, float32, bfloat16, float16"),
             ("adapter", ["sql"], "--adapter is 'sql'; expected NAME=DIRECTORY"),
+            ("cors_origin", ["a.example"], "--cors-origin is 'a.example'; expected * or an origin such as https://"),
+            ("cors_origin", ["https://a.example/x"], "--cors-origin is 'https://a.example/x'; expected * or an origin"),
             ("data_dir", " ", "--data-dir is ' '; expected a path"),
         ],
     )
