@@ -32,7 +32,7 @@ async def lorax_generate(
     return await respond(request, response, state.engine, [writer.request], writer, stream=body.stream)
 
 
-@router.post("/generate_stream", response_class=EventSourceResponse, responses=streaming_responses())
+@router.post("/generate_stream", status_code=200, response_class=EventSourceResponse, responses=streaming_responses())
 async def lorax_generate_stream(
     body: LoraxRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
