@@ -33,8 +33,9 @@ _LINE = 110
 VOLATILE = {
     "id", "created", "created_at", "updated_at", "last_used", "text", "token_ids", "queue_s", "first_token_s",
     "total_s", "version", "torch", "transformers", "python", "logprob", "token", "token_id",
-    "completion_tokens", "total_tokens", "finish_reason", "content", "system_fingerprint", "token_logprobs", "resident_bytes", "state", "merge_error",
+    "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
     "merge_error_layer", "fingerprint", "pins",
+    "content", "system_fingerprint", "token_logprobs",
 }  # fmt: skip
 
 

@@ -255,8 +255,8 @@ REFUSED = {
     "too complex": (lambda g: g.regex("(a{1000}){1000}"), "guided_regex", "too many expressions"),
     "long schema": (lambda g: g.json_schema({"const": "x" * MAX_SCHEMA_BYTES}), "response_format", "262,144 bytes"),
     "long regex": (lambda g: g.regex("ü" * MAX_REGEX_BYTES), "guided_regex", "16,384 bytes"),
-    "no choice": (lambda g: g.choice([]), "guided_choice", "1 to 1,000 choices"),
-    "many choices": (lambda g: g.choice(["a"] * (MAX_OPTIONS + 1)), "guided_choice", "1 to 1,000 choices"),
+    "no choice": (lambda g: g.choice([]), "guided_choice", "1 to 1,000 texts"),
+    "many choices": (lambda g: g.choice(["a"] * (MAX_OPTIONS + 1)), "guided_choice", "1 to 1,000 texts"),
     "long choices": (lambda g: g.choice(["a" * 300] * MAX_OPTIONS), "guided_choice", "262,144 bytes"),
 }
 
