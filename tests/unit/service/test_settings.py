@@ -53,8 +53,8 @@ class TestPrecedence:
             "model": "org/name", "served_model_name": "name", "base_alias": "org/other", "device": "cpu",
             "dtype": "bfloat16", "threads": "2", "host": "0.0.0.0", "port": "9000", "data_dir": "/data",
             "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3", "max_batch_size": "4",
-            "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "default_max_tokens": "9", "prefill_tokens": "7", "prefix_cache": "false",
-            "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
+            "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
+            "default_max_tokens": "9", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
             "request_timeout_s": "9", "drain_timeout_s": "10", "allow_source": "/adapters", "api_key_file": "/keys",
             "metrics_public": "false", "log_format": "json", "log_level": "debug",
         }[setting.name]  # fmt: skip
