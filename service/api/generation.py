@@ -6,6 +6,7 @@ What is here serves every route that generates; the routes only differ in what t
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from types import TracebackType
 
 from service.api.deps import Tokenizer
 from service.api.errors import ApiError, failed
+from service.api.observation import Observation
 from service.engine.events import (
     Event,
     FailedEvent,
@@ -49,14 +51,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[in
 class EventStream:
     """An accepted request's events, in order, on the event loop that created it.
 
-        async with EventStream(engine, request) as events:
+        async with EventStream(engine, request, observe(…)) as events:
             async for event in events:
                 ...
 
     Ends after the FinishedEvent; a FailedEvent is raised as ApiError. Whoever leaves earlier cancels the request.
     """
 
-    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+    def __init__(self, engine: Engine, request: GenerationRequest, observation: Observation) -> None:
         """Submits the request. Raises EngineError if the engine refuses it."""
         self._engine = engine
         self._id = request.request_id
@@ -64,7 +66,9 @@ class EventStream:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._first: Event | None = None
         self._ended = False
+        self._observation = observation
         engine.submit(request, self._deliver)
+        observation.accepted()
 
     async def __aenter__(self) -> EventStream:
         return self
@@ -101,8 +105,14 @@ class EventStream:
 
     def _deliver(self, event: Event) -> None:
         """Called from the engine's threads. A loop that is closed has nobody left to tell."""
+        moment = time.monotonic()  # here, as a busy loop must not count as the engine's time
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._arrived, event, moment)
+
+    def _arrived(self, event: Event, moment: float) -> None:
+        """Also of a request that was left: it is observed to its end."""
+        self._queue.put_nowait(event)
+        self._observation.saw(event, moment)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from service.api.choices import ChoiceWriter
 from service.api.deps import ServerState, State, Tenant
 from service.api.disconnect import unless_disconnected
 from service.api.generation import EventStream, encode_prompt, gather, new_generation_id
+from service.api.observation import observe
 from service.api.schemas.common import error_responses
 from service.api.schemas.generate import (
     GenerateDelta,
@@ -41,7 +42,8 @@ async def generate(body: GenerateRequest, request: Request, response: Response, 
     """Generates with the selection that the request names: an adapter, a blend, the base model, or the active one."""
     job = await to_thread.run_sync(partial(_prepare, state, tenant, body))
     headers = {"X-Adapter-Digest": job.request.selection.header}
-    events = EventStream(state.engine, job.request)
+    observation = observe(state, request.scope, job.request, prompt=body.prompt, stream=body.stream)
+    events = EventStream(state.engine, job.request, observation)
     if not body.stream:
         answer = await unless_disconnected(request.receive, _answer(job, events))
         response.headers.update(headers)
