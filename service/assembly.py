@@ -17,6 +17,7 @@ from adapters.errors import AdapterError, AdapterNotFound, CheckpointError
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import AdapterStore, digest_of
 from service.api.deps import ApiSettings, BaseInfo, ServerState
+from service.api.guidance import Guidance
 from service.api.sources import OPTIONAL_FILES, REQUIRED_FILES
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
@@ -77,6 +78,7 @@ def build_server(settings: Settings) -> Server:
             tokenizer=base.tokenizer,
             base=_base_info(base, engine.kv_backend),
             metrics=PrometheusMetrics(engine, registry, store),
+            guidance=Guidance(base.tokenizer.underlying, base.vocabulary, base.eos_token_ids),
         )
         return Server(state, opened.pop_all())
 
@@ -157,6 +159,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         max_upload_bytes=settings.max_upload,
         upload_timeout_s=settings.upload_timeout_s,
         request_timeout_s=settings.request_timeout_s,
+        default_max_tokens=settings.default_max_tokens,
         allow_source=settings.allow_source,
         api_keys=api_keys,
         metrics_public=settings.metrics_public,

@@ -95,6 +95,9 @@ class Settings:
         whole(0), 0, "Most tokens of a request, prompt and output together. 0: the model's limit."
     )
     kv_memory: int = _setting(BYTES, 2 << 30, "Memory for keys and values: of running rows, and of prefixes kept.")
+    default_max_tokens: int = _setting(
+        whole(1), 1024, "Most tokens of a chat's answer when the request names no limit; the context may allow fewer."
+    )
     prefill_tokens: int = _setting(whole(1), 512, "Prompt tokens run in one step: prompts must not stall decoding.")
     prefix_cache: bool = _setting(BOOLEAN, True, "Whether keys and values of prompts that began alike are reused.")
     auto_merge: bool = _setting(

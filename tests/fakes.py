@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from service.engine.events import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
     Timing,
     TokenEvent,
     TokenLogprob,
@@ -36,6 +38,8 @@ class Failure:
 class FakeEngine:
     """Answers with the selection's own header, repeated: a request that ran something else shows it in its text.
 
+    Or with `script`, to its end; a request's grammar is held to it. The prompt's tokens are as likely as they are long.
+
     Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
     `submit`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it is set, and with
     `hold_after` it closes by itself after so many steps.
@@ -50,6 +54,7 @@ class FakeEngine:
         self.failure: Failure | None = None
         self.fold_error: Exception | None = None
         self.fold_never_comes = False
+        self.script: str | None = None
         self.hold_after: int | None = None
         self.gate = threading.Event()
         self.gate.set()
@@ -92,16 +97,23 @@ class FakeEngine:
 
     def _generate(self, request: GenerationRequest, sink: EventSink) -> Event:
         """Delivers the tokens; returns the terminal event."""
-        for step in range(request.params.max_new_tokens):
+        if request.params.prompt_logprobs is not None:
+            sink(PromptEvent(request.request_id, tuple(_prompt_logprobs(request))))
+        text = self.script or fake_text(request.selection.header, request.params.max_new_tokens)
+        text = text[: request.params.max_new_tokens]
+        _hold(request, self.script)
+        ends = FinishReason.STOP if text == self.script else FinishReason.LENGTH
+        for choice in range(request.n if not text else 0):
+            sink(TokenEvent(request.request_id, choice, (), "", finish_reason=ends))
+        for step in range(len(text)):
             if step == self.hold_after:
                 self.gate.clear()
             self.gate.wait(timeout=30)
             if self.failure is not None and self.failure.after == step:
                 return FailedEvent(request.request_id, self.failure.code, self.failure.message)
             for choice in range(request.n):
-                sink(_token(request, choice, step))
-        tokens = request.params.max_new_tokens * request.n
-        usage = Usage(len(request.prompt_ids), tokens)
+                sink(_token(request, choice, text, step, ends))
+        usage = Usage(len(request.prompt_ids), len(text) * request.n)
         return FinishedEvent(request.request_id, usage, Timing(0.1, 0.2, 0.3), request.selection.mode)
 
 
@@ -110,13 +122,30 @@ def fake_text(header: str, tokens: int) -> str:
     return (f"{header};" * tokens)[:tokens]
 
 
-def _token(request: GenerationRequest, choice: int, step: int) -> TokenEvent:
-    text = fake_text(request.selection.header, step + 1)[-1]
-    last = step + 1 == request.params.max_new_tokens
-    wanted = request.params.logprobs
-    top = tuple((ord("a") + i, -1.0 - i) for i in range(wanted or 0))
-    logprobs = () if wanted is None else (TokenLogprob(ord(text), float("-inf") if step else -0.5, top),)
-    return TokenEvent(request.request_id, choice, (ord(text),), text, logprobs, FinishReason.LENGTH if last else None)
+def _token(request: GenerationRequest, choice: int, text: str, step: int, ends: FinishReason) -> TokenEvent:
+    token, wanted = ord(text[step]), request.params.logprobs
+    logprobs = () if wanted is None else (TokenLogprob(token, float("-inf") if step else -0.5, _top(wanted)),)
+    reason = ends if step + 1 == len(text) else None
+    return TokenEvent(request.request_id, choice, (token,), text[step], logprobs, reason)
+
+
+def _top(wanted: int) -> tuple[tuple[int, float], ...]:
+    return tuple((ord("a") + i, -1.0 - i) for i in range(wanted))
+
+
+def _prompt_logprobs(request: GenerationRequest) -> Iterator[TokenLogprob | None]:
+    yield None
+    for token in request.prompt_ids[1:]:
+        yield TokenLogprob(token, -float(len(request.prompt_ids)), _top(request.params.prompt_logprobs or 0))
+
+
+def _hold(request: GenerationRequest, script: str | None) -> None:
+    """A script that the request's grammar does not allow would prove nothing."""
+    if request.grammar is not None and script is not None:
+        guide = request.grammar.start()
+        for token in script.encode():
+            assert guide.allowed()[token], f"the grammar does not allow {script!r}"
+            guide.accept(token)
 
 
 class FakeMetrics:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import anyio
 from fastapi import Depends, Request
@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
+from service.api.guidance import Guidance
 from service.engine.seam import Engine
 from service.engine.selection import BASE, Selection
 
@@ -25,7 +26,8 @@ class ApiSettings:
 
     `base_names` are the names that mean the base model, `served_model_name` among them. `max_upload_bytes` bounds the
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
-    `request_timeout_s` bounds generation; a request may ask for less. `api_keys` are SHA-256 digests in hex
+    `request_timeout_s` bounds generation; a request may ask for less. `default_max_tokens` bounds the answers of chats
+    that name no bound. `api_keys` are SHA-256 digests in hex
     (`service.api.middleware.auth.hash_key`); without any, no key is asked for. With `log_prompts` the access log gets
     prompts and outputs.
     """
@@ -37,6 +39,7 @@ class ApiSettings:
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 60.0
     request_timeout_s: float | None = None
+    default_max_tokens: int = 1024
     allow_source: tuple[Path, ...] = ()
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
@@ -67,8 +70,24 @@ class Tokenizer(Protocol):
     @property
     def bos_token_id(self) -> int | None: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the tokenizer adds of itself."""
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The conversation as text, through `template` or the tokenizer's own. Raises ChatTemplateError."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds of itself unless told not to."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -125,6 +144,7 @@ class ServerState:
     tokenizer: Tokenizer
     base: BaseInfo
     metrics: Metrics
+    guidance: Guidance
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
 
 

@@ -48,27 +48,38 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[in
     return (tokenizer.bos_token_id,)
 
 
-class EventStream:
-    """An accepted request's events, in order, on the event loop that created it.
+def timeout_of(asked: float | None, limit: float | None) -> float | None:
+    """The request's own, within the server's."""
+    given = [timeout for timeout in (asked, limit) if timeout is not None]
+    return min(given, default=None)
 
-        async with EventStream(engine, request, observe(…)) as events:
+
+class EventStream:
+    """The events of accepted requests, those of each in order, on the event loop that created it.
+
+        async with EventStream(engine, requests, observation) as events:
             async for event in events:
                 ...
 
-    Ends after the FinishedEvent; a FailedEvent is raised as ApiError. Whoever leaves earlier cancels the request.
+    Ends after the last FinishedEvent; a FailedEvent is raised as ApiError. Whoever leaves earlier cancels what runs.
     """
 
-    def __init__(self, engine: Engine, request: GenerationRequest, observation: Observation) -> None:
-        """Submits the request. Raises EngineError if the engine refuses it."""
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], observation: Observation) -> None:
+        """Submits the requests. Raises EngineError if the engine refuses one; none of them is answered then."""
         self._engine = engine
-        self._id = request.request_id
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._first: Event | None = None
-        self._ended = False
+        self._open: set[str] = set()  # ids of those that have not ended
         self._observation = observation
-        engine.submit(request, self._deliver)
-        observation.accepted()
+        try:
+            for request in requests:
+                engine.submit(request, self._deliver)
+                self._open.add(request.request_id)
+                observation.accepted(request)
+        except BaseException:
+            self.close()
+            raise
 
     async def __aenter__(self) -> EventStream:
         return self
@@ -79,7 +90,7 @@ class EventStream:
         self.close()
 
     async def __aiter__(self) -> AsyncIterator[PromptEvent | TokenEvent | FinishedEvent]:
-        while not self._ended:
+        while self._first is not None or self._open:
             event = await self._next()
             if isinstance(event, FailedEvent):
                 raise failed(event)
@@ -90,17 +101,16 @@ class EventStream:
         self._first = event = await self._next()
         if isinstance(event, FailedEvent):
             raise failed(event)
-        self._ended = False  # it is still to be read
 
     def close(self) -> None:
-        """Cancels the request unless it has ended. Calling it again does nothing."""
-        if not self._ended:
-            self._ended = True
-            self._engine.cancel(self._id)
+        """Cancels the requests that have not ended. Calling it again does nothing."""
+        while self._open:
+            self._engine.cancel(self._open.pop())
 
     async def _next(self) -> Event:
         event, self._first = self._first or await self._queue.get(), None
-        self._ended = isinstance(event, FinishedEvent | FailedEvent)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            self._open.discard(event.request_id)
         return event
 
     def _deliver(self, event: Event) -> None:
@@ -141,17 +151,19 @@ class Gathered:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
-async def gather(events: EventStream, n: int) -> Gathered:
-    """Every choice whole, and the event that ended the request. Raises ApiError if the request failed."""
-    choices = [ChoiceText(index) for index in range(n)]
-    prompt: tuple[TokenLogprob | None, ...] = ()
+async def gather(events: EventStream, requests: Sequence[GenerationRequest]) -> list[Gathered]:
+    """The whole answer to each of the stream's requests, in their order. Raises ApiError if one failed."""
+    choices = {request.request_id: [ChoiceText(index) for index in range(request.n)] for request in requests}
+    prompts: dict[str, tuple[TokenLogprob | None, ...]] = {}
+    finished: dict[str, FinishedEvent] = {}
     async with events:
         async for event in events:
             match event:
                 case FinishedEvent():
-                    return Gathered(choices, event, prompt)
+                    finished[event.request_id] = event
                 case PromptEvent():
-                    prompt = event.logprobs
+                    prompts[event.request_id] = event.logprobs
                 case TokenEvent():
-                    choices[event.choice].add(event)
-    raise AssertionError("the engine's events ended without a terminal event")
+                    choices[event.request_id][event.choice].add(event)
+    ids = [request.request_id for request in requests]
+    return [Gathered(choices[each], finished[each], prompts.get(each, ())) for each in ids]

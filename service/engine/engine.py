@@ -186,11 +186,12 @@ class BatchEngine:
                 "ask for fewer tokens",
                 param="prompt",
             )
-        if not all(0 <= token < self._limits.vocabulary for token in request.prompt_ids):
-            raise InvalidRequest(
-                f"the prompt holds a token id outside the vocabulary (0 to {self._limits.vocabulary - 1})",
-                param="prompt",
-            )
+        biased = (token for token, _ in request.params.logit_bias)
+        for what, tokens in (("prompt", request.prompt_ids), ("logit_bias", biased)):
+            if not all(0 <= token < self._limits.vocabulary for token in tokens):
+                raise InvalidRequest(
+                    f"{what} holds a token id outside the vocabulary (0 to {self._limits.vocabulary - 1})", param=what
+                )
 
     def _take_loaded(self, job: Job) -> bool:
         """Hands a job over whose adapters are all in memory: it need not wait behind those that are being loaded."""

@@ -53,6 +53,15 @@ class Selection:
         return tuple((adapter.digest, adapter.weight) for adapter in self.adapters)
 
     @property
+    def names(self) -> str:
+        """As clients write it: `base`, a name, or `name:weight+…` for a blend."""
+        if self.is_base:
+            return BASE
+        if not self.is_blend:
+            return self.adapters[0].name
+        return "+".join(f"{adapter.name}:{adapter.weight:g}" for adapter in self.adapters)
+
+    @property
     def header(self) -> str:
         """The `X-Adapter-Digest` response header: `base`, a digest, or `digest:weight,…` for a blend."""
         if self.is_base:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jinja2
+
+
+class ChatTemplateError(ValueError):
+    """A chat template cannot be rendered for these messages; the message says what it says."""
 
 
 class TextTokenizer:
@@ -14,6 +20,11 @@ class TextTokenizer:
         self.vocabulary = vocabulary
 
     @property
+    def underlying(self) -> Any:
+        """The transformers tokenizer itself."""
+        return self._tokenizer
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._tokenizer.bos_token_id  # type: ignore[no-any-return]
 
@@ -21,9 +32,42 @@ class TextTokenizer:
     def eos_token_id(self) -> int | None:
         return self._tokenizer.eos_token_id  # type: ignore[no-any-return]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the tokenizer adds of itself."""
-        return list(self._tokenizer(text)["input_ids"])
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The conversation as text, through `template` or the tokenizer's own. Raises ChatTemplateError.
+
+        Templates run in Jinja's immutable sandbox (transformers).
+        """
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=None if tools is None else list(tools),
+                    chat_template=template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **variables,
+                )
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+            raise ChatTemplateError(" ".join(str(error).split()) or type(error).__name__) from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds of itself unless told not to."""
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens. Ids beyond the tokenizer's own (a padded vocabulary) decode to nothing."""

@@ -19,9 +19,10 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
 from service.api.deps import ApiSettings, BaseInfo, ServerState
+from service.api.guidance import Guidance
 from service.app import create_app
 from service.engine.tokenizer import TextTokenizer
-from tests.factories import AdapterSpec, byte_tokenizer, make_adapter, tiny_model
+from tests.factories import EOS_ID, AdapterSpec, byte_tokenizer, make_adapter, tiny_model
 from tests.fakes import FakeEngine, FakeMetrics
 
 BASE = "tiny-llama"
@@ -80,7 +81,10 @@ class Server:
             kv_backend="slot",
         )
         tokenizer = TextTokenizer(byte_tokenizer(), vocabulary=272)
-        self.state = ServerState(settings, self.store, self.registry, self.engine, tokenizer, info, self.metrics)
+        guidance = Guidance(tokenizer.underlying, vocabulary=272, eos_token_ids={EOS_ID})
+        self.state = ServerState(
+            settings, self.store, self.registry, self.engine, tokenizer, info, self.metrics, guidance
+        )
         self.app: FastAPI = create_app(self.state)
         self.client = TestClient(self.app)
         self._dirs = adapter_dirs

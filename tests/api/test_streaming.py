@@ -92,7 +92,7 @@ async def test_a_bug_after_the_first_byte_is_an_error_event_that_leaks_nothing(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("service.api.routes.generate._last_delta", broken)
+    monkeypatch.setattr("service.api.routes.generate._Writer._last_delta", broken)
     text = server.generate(stream=True, max_new_tokens=3).text
     assert "internal_error" in text
     assert "secret" not in text
@@ -151,7 +151,7 @@ async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> N
 
     async def submit() -> EventStream:
         request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-        return EventStream(server.engine, request, Observation(request, server.metrics, stream=True))
+        return EventStream(server.engine, [request], Observation([request], server.metrics, stream=True))
 
     stream = await asyncio.to_thread(loop.run_until_complete, submit())
     loop.close()

@@ -51,7 +51,7 @@ class RequestContext:
         if code is not None:
             self._metrics.count_error(code)
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "code": code}
-        fields |= {"duration_s": round(seconds, 6)} | access_fields(scope["state"].get("observations", ()))
+        fields |= {"duration_s": round(seconds, 6)} | access_fields(scope)
         access_log.info("request", extra={"request_id": request_id, **fields})
 
 

@@ -56,6 +56,16 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {**documented, "default": {"model": ErrorEnvelope, "description": "Any other error: `internal_error`"}}
 
 
+def streaming_responses() -> dict[int | str, dict[str, Any]]:
+    """Documents what a route answers that generates."""
+    documented = error_responses(400, 401, 404, 408, 413, 429, 503)
+    documented[200] = {
+        "description": "The choices; with `stream`, events, and `data: [DONE]` in the end",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+    return documented
+
+
 _CODES_BY_STATUS = {
     400: "`invalid_request`, `context_length_exceeded`",
     401: "`unauthorized`",

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.middleware.context import RequestContext
-from service.api.observation import Observation, access_fields
+from service.api.observation import Observation
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.settings import SETTINGS
@@ -63,7 +63,7 @@ def field_rows() -> set[str]:
 
 def test_every_field_of_the_access_log_is_documented() -> None:
     request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-    generating = set(access_fields([Observation(request, FakeMetrics(), stream=False)]))
+    generating = set(Observation([request], FakeMetrics(), stream=False).fields())
     always = set(re.findall(r'"(\w+)": ', inspect.getsource(RequestContext._record)))
     assert {"request_id", "method", "duration_s"} <= always
     assert field_rows() == generating | always

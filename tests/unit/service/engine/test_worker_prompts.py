@@ -10,6 +10,7 @@ import torch
 
 from adapters.factors import AdapterFactors
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent, Usage
+from service.engine.guide import Grammar
 from service.engine.job import Job, make_job
 from service.engine.prefix_cache import BLOCK, PrefixCache
 from service.engine.scheduler import Limits
@@ -38,11 +39,16 @@ class CheckedRunner(FakeRunner):
 
 class Bench:
     def __init__(
-        self, max_batch_size: int = 4, reserve: int = 0, prefill_tokens: int = 512, prefix_bytes: int = 1 << 20
+        self,
+        max_batch_size: int = 4,
+        reserve: int = 0,
+        prefill_tokens: int = 512,
+        prefix_bytes: int = 1 << 20,
+        scored_tokens: int = 512,
     ) -> None:
         self.runner = CheckedRunner()
         self.prefixes = PrefixCache(prefix_bytes)
-        limits = Limits(max_batch_size, reserve, prefill_tokens)
+        limits = Limits(max_batch_size, reserve, prefill_tokens, scored_tokens)
         self.worker = Worker(self.runner, FakeMerger(), limits, prefixes=self.prefixes)  # type: ignore[arg-type]
         self.runner.worker = self.worker
         self.events: dict[str, list[Event]] = {}
@@ -56,11 +62,12 @@ class Bench:
         n: int = 1,
         tenant: str = "",
         mode: Mode = Mode.SWITCH,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> Job:
         adapters = tuple(SelectedAdapter(a, f"sha256:{a}", weight) for a, weight in (weights or {}).items())
         sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 3, **params})
-        request = GenerationRequest(name, tuple(prompt), sampling, Selection(adapters, mode), n, tenant)
+        request = GenerationRequest(name, tuple(prompt), sampling, Selection(adapters, mode), n, tenant, None, grammar)
         job = make_job(request, self.events.setdefault(name, []).append, Letters(), lambda job: None)
         job.factors = tuple(AdapterFactors(adapter.digest, {}) for adapter in adapters)
         self.worker.admit(job)
