@@ -35,7 +35,7 @@ _RESERVED = frozenset(
 
 def render_chat(
     state: ServerState,
-    selection: Selection,
+    template: str | None,
     messages: Sequence[Message],
     *,
     tools: Sequence[Tool] | None = None,
@@ -43,13 +43,11 @@ def render_chat(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The conversation's token ids; the template alone adds special tokens. Reads the store.
+    """The conversation's token ids, by `template` or the tokenizer's own, which alone adds special tokens.
 
-    Raises ApiError if there is no template, if the adapters of a blend bring different ones, or if it refuses the
-    messages.
+    Raises ApiError if there is none, or if it refuses the messages.
     """
-    template = template_of(state, selection)
-    if template is None and not state.tokenizer.has_chat_template:
+    if template is None and state.tokenizer.chat_template is None:
         raise ApiError(
             "invalid_request",
             "neither the base model's tokenizer nor the adapter has a chat template: use /v1/completions, or upload "
@@ -79,7 +77,10 @@ def render_chat(
 
 
 def template_of(state: ServerState, selection: Selection) -> str | None:
-    """The adapters' own template, None if they bring none."""
+    """The adapters' own template, None if they bring none. Reads the store.
+
+    Raises ApiError if a blend's adapters bring different ones.
+    """
     found = {_stored_template(state.store.path(adapter.digest)) for adapter in selection.adapters} - {None}
     if len(found) > 1:
         raise ApiError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.api.choices import LOWEST_LOGPROB
 from service.api.deps import Tokenizer
@@ -18,12 +19,11 @@ from service.api.schemas.chat import (
     ChatMessage,
     ChatResponse,
     ChatTokenView,
-    FunctionCallView,
     LikelyTokenView,
     ToolCallView,
 )
 from service.api.sse import DONE, data_frame
-from service.api.tools import ForcedCall, new_call_id
+from service.api.tool_calls import OutputReader, joined
 from service.engine.detokenizer import REPLACEMENT
 from service.engine.events import FinishedEvent, FinishReason, TokenEvent, TokenLogprob, Usage
 from service.engine.sequence import GenerationRequest
@@ -33,14 +33,14 @@ _TOOL_CALLS = "tool_calls"
 
 @dataclass(slots=True)
 class ChatWriter:
-    """`call` is what the output is if a tool has to be called."""
+    """`reader` makes what reads one choice's text: as words, as calls of tools, or as both."""
 
     answer: Envelope
     request: GenerationRequest
     tokenizer: Tokenizer
-    call: ForcedCall | None
+    reader: Callable[[], OutputReader]
     include_usage: bool
-    _texts: dict[int, str] = field(default_factory=dict)  # by choice: what a stream has of those that have begun
+    _readers: dict[int, OutputReader] = field(default_factory=dict)  # by choice: of those that a stream has begun
 
     async def whole(self, events: EventStream) -> ChatResponse:
         (answer,) = await gather(events, [self.request])
@@ -63,57 +63,37 @@ class ChatWriter:
         yield DONE
 
     def _choice(self, choice: ChoiceText) -> ChatChoice:
-        calls = None if self.call is None else self.call.calls(choice.text)
-        if calls is None:
-            message = ChatMessage(role="assistant", content=choice.text, refusal=None)
-        else:
-            # In a whole answer a call has no index.
-            bare = [ToolCallView(id=call.id, type="function", function=call.function) for call in calls]
-            message = ChatMessage(role="assistant", content=None, refusal=None, tool_calls=bare)
+        reader = self.reader()
+        read = joined([reader.push(choice.text), reader.finish()])
+        called: dict[str, Any] = {}
+        if read.tool_calls:  # which in a whole answer have no index
+            called["tool_calls"] = [
+                ToolCallView(id=call.id, type="function", function=call.function) for call in read.tool_calls
+            ]
+        content = read.content if called else read.content or ""
+        message = ChatMessage(role="assistant", content=content, refusal=None, **called)
         return ChatChoice(
             index=choice.index,
             message=message,
             logprobs=self._logprobs(choice.logprobs),
-            finish_reason=_reason(choice.finish_reason, called=calls is not None),
+            finish_reason=_reason(choice.finish_reason, called=reader.called),
         )
 
     def _parts(self, event: TokenEvent) -> list[ChatChunkChoice]:
         """What a stream says of an event: who speaks, before a choice's first part, and what is new, if anything is."""
         parts = []
-        if event.choice not in self._texts:
-            self._texts[event.choice] = ""
-            parts.append(self._part(event.choice, self._opening()))
-        self._texts[event.choice] += event.text
-        ends = event.finish_reason is not None
-        delta = self._delta(event, ends=ends)
+        if event.choice not in self._readers:
+            self._readers[event.choice] = self.reader()
+            parts.append(self._part(event.choice, ChatDelta(role="assistant", content="")))
+        reader = self._readers[event.choice]
+        deltas = [reader.push(event.text)]
+        if event.finish_reason is not None:
+            deltas.append(reader.finish())
+        delta, reason = joined(deltas), _reason(event.finish_reason, called=reader.called)
         logprobs = self._logprobs(event.logprobs)
-        if ends or delta.model_fields_set or (logprobs and logprobs.content):
-            reason = _reason(event.finish_reason, called=self._called(delta))
+        if reason or delta.model_fields_set or (logprobs and logprobs.content):
             parts.append(self._part(event.choice, delta, logprobs, reason))
         return parts
-
-    def _opening(self) -> ChatDelta:
-        if self.call is None or self.call.name is None:
-            return ChatDelta(role="assistant", content="")
-        function = FunctionCallView(name=self.call.name, arguments="")
-        call = ToolCallView(index=0, id=new_call_id(), type="function", function=function)
-        return ChatDelta(role="assistant", content=None, tool_calls=[call])
-
-    def _delta(self, event: TokenEvent, *, ends: bool) -> ChatDelta:
-        if self.call is None:
-            return ChatDelta(content=event.text) if event.text else ChatDelta()
-        if self.call.name is not None:
-            if not event.text:
-                return ChatDelta()
-            return ChatDelta(tool_calls=[ToolCallView(index=0, function=FunctionCallView(arguments=event.text))])
-        if not ends:
-            return ChatDelta()  # an array of calls can be read when it is whole
-        text = self._texts[event.choice]
-        calls = self.call.calls(text)
-        return ChatDelta(content=text) if calls is None else ChatDelta(tool_calls=calls)
-
-    def _called(self, delta: ChatDelta) -> bool:
-        return self.call is not None and (self.call.name is not None or delta.tool_calls is not None)
 
     def _part(
         self, choice: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, finish_reason: str | None = None

@@ -71,7 +71,9 @@ class Tokenizer(Protocol):
     def bos_token_id(self) -> int | None: ...
 
     @property
-    def has_chat_template(self) -> bool: ...
+    def chat_template(self) -> str | None:
+        """The tokenizer's own, to look into; several named ones one after another."""
+        ...
 
     def render_chat(
         self,

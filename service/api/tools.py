@@ -1,73 +1,63 @@
-"""Tools: which of them a model may call, what its output must then look like, and the calls that are in it.
-
-A call is forced, by `tool_choice` "required" or by a tool's name, and follows the tools' schemas by construction.
-Whether to call one at all cannot be left to the model: how it would say so differs from model to model.
-"""
+"""Tools: which of them a model may or must call, and how its output is then shaped and read."""
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from service.api.errors import ApiError
-from service.api.schemas.chat import ChatRequest, FunctionCallView, FunctionSpec, NamedTool, ToolCallView
+from service.api.schemas.chat import ChatRequest, FunctionSpec, NamedTool
+from service.api.tool_calls import Arguments, CallArray, OutputReader, PlainText, TaggedCalls
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_TAG = "<tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
-class ForcedCall:
-    """`schema` is the output's. With a `name` the output is that tool's arguments; without, an array of calls."""
+class ToolUse:
+    """What a request's tools mean for its output.
 
-    schema: dict[str, Any]
-    name: str | None = None
+    `schema` is the JSON that it must be, None if it is free; `reader` makes what reads one choice of it; `shown` says
+    whether the template is given the tools.
+    """
 
-    def calls(self, text: str) -> list[ToolCallView] | None:
-        """The calls in a whole output; None for one that was cut off."""
-        if self.name is not None:
-            return [_call(0, self.name, text)]
-        try:
-            written = json.loads(text)
-        except ValueError:
-            return None
-        arguments = [json.dumps(call["parameters"], ensure_ascii=False) for call in written]
-        return [_call(i, call["name"], arguments[i]) for i, call in enumerate(written)]
+    reader: Callable[[], OutputReader] = PlainText
+    schema: dict[str, Any] | None = None
+    shown: bool = False
 
 
-def new_call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"
+def tool_use(body: ChatRequest, template: str | None) -> ToolUse:
+    """What `tools` and `tool_choice` ask for, given the chat template that will show them. Raises ApiError.
 
-
-def _call(index: int, name: str, arguments: str) -> ToolCallView:
-    function = FunctionCallView(name=name, arguments=arguments)
-    return ToolCallView(index=index, id=new_call_id(), type="function", function=function)
-
-
-def forced_call(body: ChatRequest) -> ForcedCall | None:
-    """What `tools` and `tool_choice` ask for; None if no tool is to be called. Raises ApiError."""
+    A forced call follows the tools' schemas by construction, whatever the model. Whether to call one at all can be left
+    to models whose templates ask for the one way of writing calls that is understood here.
+    """
     if not body.tools or body.tool_choice == "none":
-        return None
+        return ToolUse()
     functions = [tool.function for tool in body.tools]
     if len({function.name for function in functions}) < len(functions):
         raise ApiError("invalid_request", "two tools have the same name: rename one", param="tools")
     if isinstance(body.tool_choice, NamedTool):
         return _named(functions, body.tool_choice.function.name)
     if body.tool_choice == "required":
-        return ForcedCall(_calls_schema(functions, parallel=body.parallel_tool_calls is not False))
-    raise ApiError(
-        "invalid_request",
-        "tool_choice 'auto' is not supported: ask for 'required', name one function, or 'none'",
-        param="tool_choice",
-    )
+        schema = _calls_schema(functions, parallel=body.parallel_tool_calls is not False)
+        return ToolUse(CallArray, schema, shown=True)
+    if template is None or _TAG not in template:
+        raise ApiError(
+            "invalid_request",
+            f"tool_choice 'auto' needs a chat template that has calls written in {_TAG} tags, and this model's does "
+            "not: ask for 'required', name one function, or 'none'",
+            param="tool_choice",
+        )
+    return ToolUse(TaggedCalls, shown=True)
 
 
-def _named(functions: Sequence[FunctionSpec], name: str) -> ForcedCall:
+def _named(functions: Sequence[FunctionSpec], name: str) -> ToolUse:
     for function in functions:
         if function.name == name:
-            return ForcedCall(dict(_parameters(function)), name)
+            return ToolUse(partial(Arguments, name), dict(_parameters(function)), shown=True)
     raise ApiError(
         "invalid_request", f"tool_choice names {name[:80]!r}, which is not among the tools", param="tool_choice"
     )

@@ -33,8 +33,10 @@ class TextTokenizer:
         return self._tokenizer.eos_token_id  # type: ignore[no-any-return]
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self._tokenizer, "chat_template", None))
+    def chat_template(self) -> str | None:
+        """The tokenizer's own, to look into; several named ones one after another."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        return "\n".join(template.values()) if isinstance(template, dict) else template
 
     def render_chat(
         self,

@@ -351,3 +351,56 @@ def test_definitions_of_two_tools_may_not_clash(server: Server) -> None:
     error_of(
         chat(server, tools=[tool("a", "integer"), tool("b", "null")], tool_choice="required"), 400, "invalid_request"
     )
+
+
+# --- tools that the model may call ----------------------------------------------------------------
+
+TAGGED = "{% for t in tools or [] %}call {{ t.function.name }} as <tool_call>{% endfor %}{{ messages[-1].content }}"
+ONE = '<tool_call>\n{"name": "weather", "arguments": {"town": "Graz"}}\n</tool_call>'
+TWO = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+
+
+def free_call(server: Server, script: str, **fields: Any) -> httpx.Response:
+    server.upload("tagged")
+    bring_template(server, "tagged", TAGGED)
+    server.engine.script = script
+    return chat(server, model="tagged", tools=[WEATHER, CLOCK], **fields)
+
+
+@pytest.mark.parametrize(
+    ("script", "content", "calls"),
+    [
+        ("It rains.", "It rains.", []),
+        (ONE, None, [("weather", {"town": "Graz"})]),
+        (f"Let me see. {ONE}\n{TWO}", "Let me see. \n", [("weather", {"town": "Graz"}), ("clock", {})]),
+        ("a < b <tool", "a < b <tool", []),
+        (f"x<tool_call>no JSON</tool_call>y{TWO}", "x<tool_call>no JSON</tool_call>y", [("clock", {})]),
+        ('<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
+        (f"{TWO}<tool_call>" + '{"name": "we', '<tool_call>{"name": "we', [("clock", {})]),
+    ],
+)
+def test_a_model_may_call_tools(server: Server, script: str, content: str | None, calls: list[Any]) -> None:
+    (choice,) = free_call(server, script).json()["choices"]
+    assert prompt_of(server) == "call weather as <tool_call>call clock as <tool_call>hi"
+    assert choice["message"]["content"] == content
+    made = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls_of(choice)]
+    assert made == calls
+    assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+    events = events_of(free_call(server, script, tool_choice="auto", stream=True))
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == (content or "")
+    streamed = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["index"] for call in streamed] == list(range(len(calls)))
+    assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in streamed] == calls
+    assert events[-1]["choices"][0]["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+def calls_of(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = choice["message"].get("tool_calls", [])
+    return calls
+
+
+def test_a_template_without_tags_leaves_no_choice(server: Server) -> None:
+    error = error_of(chat(server, tools=[WEATHER]), 400, "invalid_request")
+    assert "<tool_call>" in error["message"]

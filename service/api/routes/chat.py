@@ -7,7 +7,7 @@ from functools import partial
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from service.api.chat import render_chat
+from service.api.chat import render_chat, template_of
 from service.api.chat_writer import ChatWriter
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
@@ -16,7 +16,7 @@ from service.api.respond import respond
 from service.api.schemas.chat import ChatRequest, ChatResponse
 from service.api.schemas.common import streaming_responses
 from service.api.structure import grammar_of
-from service.api.tools import ForcedCall, forced_call
+from service.api.tools import ToolUse, tool_use
 from service.engine.guide import Grammar
 
 router = APIRouter(tags=["openai"])
@@ -39,21 +39,22 @@ async def chat_completions(
 def _prepare(state: ServerState, tenant: str, body: ChatRequest) -> ChatWriter:
     """Reads the store, renders, tokenizes and compiles: not for the event loop."""
     selection = select(state, tenant, body)
-    call = forced_call(body)
+    template = template_of(state, selection)
+    use = tool_use(body, template or state.tokenizer.chat_template)
     prompt = render_chat(
         state,
-        selection,
+        template,
         body.messages,
-        tools=None if call is None else body.tools,
+        tools=body.tools if use.shown else None,
         add_generation_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
     )
     params = body.params(_max_new_tokens(state, body, len(prompt)), logprobs=body.wanted_logprobs)
     answer = envelope(state, "chatcmpl", body, selection)
-    grammar = _grammar(state, body, call)
+    grammar = _grammar(state, body, use)
     (generation,) = generations(state, tenant, body, answer, selection, [tuple(prompt)], params, grammar)
-    return ChatWriter(answer, generation, state.tokenizer, call, body.wants_usage)
+    return ChatWriter(answer, generation, state.tokenizer, use.reader, body.wants_usage)
 
 
 def _max_new_tokens(state: ServerState, body: ChatRequest, prompt: int) -> int:
@@ -62,9 +63,9 @@ def _max_new_tokens(state: ServerState, body: ChatRequest, prompt: int) -> int:
     return asked or max(1, min(state.settings.default_max_tokens, state.engine.max_context - prompt))
 
 
-def _grammar(state: ServerState, body: ChatRequest, call: ForcedCall | None) -> Grammar | None:
+def _grammar(state: ServerState, body: ChatRequest, use: ToolUse) -> Grammar | None:
     shape = grammar_of(state, body)
-    if call is None:
+    if use.schema is None:
         return shape
     if shape is not None:
         raise ApiError(
@@ -72,4 +73,4 @@ def _grammar(state: ServerState, body: ChatRequest, call: ForcedCall | None) -> 
             "a forced tool call and a response format ask for different shapes of the output: give one of them",
             param="tool_choice",
         )
-    return state.guidance.json_schema(call.schema, param="tools")
+    return state.guidance.json_schema(use.schema, param="tools")
