@@ -163,6 +163,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         allow_source=settings.allow_source,
         api_keys=api_keys,
         metrics_public=settings.metrics_public,
+        log_prompts=settings.log_prompts,
     )
 
 

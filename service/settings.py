@@ -113,6 +113,9 @@ class Settings:
     api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
     metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
     log_format: str = _setting(choice("text", "json"), "text", "How log lines are written.")
+    log_prompts: bool = _setting(
+        BOOLEAN, False, "Whether the access log gets prompts and outputs too. They are private: for debugging only."
+    )
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info", "The least severe records logged.")
 
     def shown(self) -> dict[str, str]:

@@ -56,7 +56,7 @@ class TestPrecedence:
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
             "default_max_tokens": "9", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
             "request_timeout_s": "9", "drain_timeout_s": "10", "allow_source": "/adapters", "api_key_file": "/keys",
-            "metrics_public": "false", "log_format": "json", "log_level": "debug",
+            "metrics_public": "false", "log_format": "json", "log_prompts": "true", "log_level": "debug",
         }[setting.name]  # fmt: skip
         config.write_text(f'{setting.flag[2:]} = "{text}"\n')
         flag = load({setting.name: [text] if setting.repeatable else text})
