@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,6 +60,24 @@ class AdapterStatus:
     last_used: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryStats:
+    """Counts since start: pins that found factors in memory (`hits`) or did not (`misses`), and what that led to.
+
+    `evictions` are of factors, for want of room; `composes` took `compose_s` seconds together. Beside them the versions
+    that are at this moment being loaded, that have their factors in memory, and that cannot be served.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    composes: int = 0
+    compose_s: float = 0.0
+    loading: int = 0
+    ready: int = 0
+    failed: int = 0
+
+
 @dataclass(slots=True)
 class _Live:
     """One digest's state in memory. Written under the registry's lock."""
@@ -95,6 +113,8 @@ class AdapterRegistry:
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
         self._changed = threading.Condition()
         self._fitting: deque[AdapterLayout] = deque(maxlen=_LAYOUTS_KEPT)
+        self._hits = self._misses = self._evictions = self._composes = 0
+        self._compose_s = 0.0
 
     @property
     def store(self) -> AdapterStore:
@@ -144,6 +164,10 @@ class AdapterRegistry:
             self._live.move_to_end(digest)
             live.pins += 1
             live.last_used = time.time()
+            if live.factors is not None:
+                self._hits += 1
+            else:
+                self._misses += 1
             while live.loading:
                 self._changed.wait()
             if live.factors is not None:
@@ -164,6 +188,7 @@ class AdapterRegistry:
             self._live.move_to_end(digest)
             live.pins += 1
             live.last_used = time.time()
+            self._hits += 1
             return live.factors
 
     def has_room_for(self, digests: Collection[str]) -> bool:
@@ -220,6 +245,20 @@ class AdapterRegistry:
             compact = sum(live.compact.nbytes for live in self._live.values() if live.compact)
             return compact, self._factor_bytes()
 
+    def stats(self) -> RegistryStats:
+        with self._changed:
+            states = Counter(map(_state, self._live.values()))
+            return RegistryStats(
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                composes=self._composes,
+                compose_s=self._compose_s,
+                loading=states[AdapterState.LOADING],
+                ready=states[AdapterState.READY],
+                failed=states[AdapterState.FAILED],
+            )
+
     def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
             layout = read_layout(self._store.path(version.digest))
@@ -258,7 +297,9 @@ class AdapterRegistry:
         """Composes the factors outside the lock; whoever else wants them waits for `loading` to end."""
         try:
             compact = live.compact or self._read(digest)
+            began = time.perf_counter()
             factors = self._compose(digest, compact)
+            seconds = time.perf_counter() - began
         except BaseException as error:
             with self._changed:
                 live.loading = False
@@ -270,6 +311,8 @@ class AdapterRegistry:
             raise
         with self._changed:
             live.compact, live.factors, live.loading = compact, factors, False
+            self._composes += 1
+            self._compose_s += seconds
             self._evict()
             self._changed.notify_all()
         return factors
@@ -319,6 +362,7 @@ class AdapterRegistry:
             if live.pins == 0 and live.factors is not None:
                 excess -= live.factors.nbytes
                 live.factors = None
+                self._evictions += 1
 
     def _fail(self, digest: str, error: AdapterError) -> None:
         with self._changed:

@@ -164,6 +164,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         api_keys=api_keys,
         metrics_public=settings.metrics_public,
         cors_origins=settings.cors_origin,
+        log_prompts=settings.log_prompts,
     )
 
 

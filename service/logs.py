@@ -1,4 +1,6 @@
-"""Logging: one handler, text for people or one JSON object a line for machines. Prompts and outputs are never logged.
+"""Logging: one handler, text for people or one JSON object a line for machines.
+
+Prompts and outputs are never logged, unless `setup_logging` is told to let the access log have them.
 
 Whatever a record carries in `extra` becomes a field: `log.info("registered", extra={"adapter": name})` is written
 `… registered adapter=sql`, or as a key of the JSON object.
@@ -20,17 +22,24 @@ OWN_LOGGERS = ("adapters", "service", "vblora", "uvicorn")
 # What users write and what lets them in has no place in a log, whoever hands it to one.
 PRIVATE_FIELDS = frozenset({"prompt", "messages", "input", "text", "content", "output", "authorization", "api_key"})
 
+# The one exception, and only when it is asked for.
+ACCESS_LOGGER = "vblora.access"
+PROMPT_FIELDS = frozenset({"prompt", "output"})
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _PLAIN = re.compile(r"[\w.:/@+,%=-]+")
 
 
-def setup_logging(*, format: str = "text", level: str = "info", stream: TextIO | None = None) -> None:
+def setup_logging(
+    *, format: str = "text", level: str = "info", prompts: bool = False, stream: TextIO | None = None
+) -> None:
     """Sends every logger's records to `stream` (stderr), from `level` upwards; libraries' from warning upwards.
 
-    Calling it again replaces what it set up before.
+    With `prompts` the access log's records keep their prompt and output. Calling it again replaces what it set up
+    before.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    handler.setFormatter((JsonFormatter if format == "json" else TextFormatter)(prompts=prompts))
     threshold = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
     logging.captureWarnings(True)
@@ -38,16 +47,31 @@ def setup_logging(*, format: str = "text", level: str = "info", stream: TextIO |
         logging.getLogger(name).setLevel(threshold)
 
 
-class TextFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def __init__(self, *, prompts: bool) -> None:
+        super().__init__()
+        self._prompts = prompts
+
+    def fields_of(self, record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+        """What the record carries besides logging's own attributes; nothing private, and nothing that is None."""
+        private = PRIVATE_FIELDS
+        if self._prompts and record.name == ACCESS_LOGGER:
+            private -= PROMPT_FIELDS
+        for name, value in vars(record).items():
+            if name not in _STANDARD and name not in private and value is not None:
+                yield name, value
+
+
+class TextFormatter(_Formatter):
     """`2026-01-31T12:00:00.123Z INFO service.engine: message key=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
         words = [_time(record), record.levelname, f"{record.name}:", printable(record.getMessage())]
-        words += [f"{name}={_quoted(value)}" for name, value in fields_of(record)]
+        words += [f"{name}={_quoted(value)}" for name, value in self.fields_of(record)]
         return "\n".join([" ".join(words), *_trace(self, record)])
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """`{"time": …, "level": …, "logger": …, "message": …, "key": value, "exception": …}` on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -57,7 +81,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name, value in fields_of(record):
+        for name, value in self.fields_of(record):
             values.setdefault(name, value if not isinstance(value, float) or math.isfinite(value) else str(value))
         for trace in _trace(self, record):
             values["exception"] = trace
@@ -67,13 +91,6 @@ class JsonFormatter(logging.Formatter):
 def printable(text: str) -> str:
     """Text with its control characters spelled out: what a client sent can neither end a line nor drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def fields_of(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
-    """What the record carries besides logging's own attributes; nothing private, and nothing that is None."""
-    for name, value in vars(record).items():
-        if name not in _STANDARD and name not in PRIVATE_FIELDS and value is not None:
-            yield name, value
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -19,14 +20,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapters.errors import StoreError
+from service.engine.events import FinishReason
+from service.engine.selection import BASE
 
 if TYPE_CHECKING:
     from adapters.registry import AdapterRegistry
     from adapters.store import AdapterStore
     from service.engine.seam import Engine
+    from service.engine.selection import Selection
 
 # From a cached health check to a long generation on a CPU.
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+# From a small model on a GPU to a large one on a CPU, or a pause for somebody else's prompt.
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+
+MOST_NAMES = 100  # adapters with a series of their own
+BLEND, OTHER = "blend", "other"
+FAILED = "failed"  # beside the finish reasons
 
 
 class PrometheusMetrics:
@@ -47,6 +57,27 @@ class PrometheusMetrics:
             registry=self._registry,
         )
         self._errors = Counter("vblora_errors", "Errors answered, by code.", ["code"], registry=self._registry)
+        self._generations = Counter(
+            "vblora_generations", "Generation requests accepted, by adapter.", ["adapter"], registry=self._registry
+        )
+        self._finished = Counter(
+            "vblora_finished_choices", "Choices that ended, by reason.", ["reason"], registry=self._registry
+        )
+        for reason in (*FinishReason, FAILED):
+            self._finished.labels(reason)  # 0 from the start: a series that begins at 1 shows no increase
+        self._first_token = self._histogram(
+            "vblora_time_to_first_token_seconds", "From a generation request's submission to its first token.", SECONDS
+        )
+        self._inter_token = self._histogram(
+            "vblora_inter_token_latency_seconds", "Between two tokens of one choice.", TOKEN_SECONDS
+        )
+        self._queued = self._histogram(
+            "vblora_queue_seconds", "From a generation request's submission to its first step.", SECONDS
+        )
+        self._total = self._histogram(
+            "vblora_generation_seconds", "From a generation request's submission to its last token.", SECONDS
+        )
+        self._labels = AdapterLabels(MOST_NAMES)
         self._registry.register(_Server(engine, registry, store))
         ProcessCollector(registry=self._registry)
 
@@ -63,6 +94,56 @@ class PrometheusMetrics:
         """One error answered, by the `code` of its envelope."""
         self._errors.labels(code).inc()
 
+    def count_generation(self, selection: Selection, tenant: str) -> None:
+        """One request that the engine has accepted, by what it runs with."""
+        self._generations.labels(self._labels.of(selection, tenant)).inc()
+
+    def observe_first_token(self, seconds: float) -> None:
+        """From a request's submission to its first token."""
+        self._first_token.observe(seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        """Between two tokens of one choice."""
+        self._inter_token.observe(seconds)
+
+    def observe_generation(self, queue_s: float, total_s: float) -> None:
+        """A request that ran to its end: what it waited of the time it took."""
+        self._queued.observe(queue_s)
+        self._total.observe(total_s)
+
+    def count_finished(self, reason: str, choices: int) -> None:
+        """Choices that ended: a FinishReason's value, or `failed`."""
+        self._finished.labels(reason).inc(choices)
+
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, documentation, buckets=buckets, registry=self._registry)
+
+
+class AdapterLabels:
+    """Labels for what requests run with: `base`, `blend`, and the names of the first so many adapters seen.
+
+    All others are `other`, so that names make no series without end. So are the adapters of every tenant but the shared
+    one: whoever may read the metrics need not be allowed to know that they exist.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._names: set[str] = set()
+        self._lock = Lock()
+
+    def of(self, selection: Selection, tenant: str) -> str:
+        if selection.is_base:
+            return BASE
+        if selection.is_blend:
+            return BLEND
+        name = selection.adapters[0].name
+        if tenant or name in (BLEND, OTHER):
+            return OTHER
+        with self._lock:
+            if name not in self._names and len(self._names) < self._most:
+                self._names.add(name)
+            return name if name in self._names else OTHER
+
 
 class _Server(Collector):
     """Reads the engine, the registry and the store at every scrape."""
@@ -74,6 +155,9 @@ class _Server(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_engine()
+        yield from self._of_adapters()
+
+    def _of_adapters(self) -> Iterator[Metric]:
         with suppress(StoreError):  # a store in trouble must not hide all else
             yield GaugeMetricFamily("vblora_adapters", "Adapters registered.", self._store.count(""))
         resident = GaugeMetricFamily(
@@ -82,6 +166,20 @@ class _Server(Collector):
         for kind, size in zip(("compact", "factors"), self._registry.resident_bytes(), strict=True):
             resident.add_metric([kind], size)
         yield resident
+        stats = self._registry.stats()
+        states = GaugeMetricFamily(
+            "vblora_adapter_versions",
+            "Adapter versions by state, stored ones aside.",
+            labels=["state"],
+        )
+        for state, count in (("loading", stats.loading), ("ready", stats.ready), ("failed", stats.failed)):
+            states.add_metric([state], count)
+        yield states
+        yield CounterMetricFamily("vblora_adapter_hits", "Pins that found an adapter's factors in memory.", stats.hits)
+        yield CounterMetricFamily("vblora_adapter_misses", "Pins that did not.", stats.misses)
+        yield CounterMetricFamily("vblora_adapter_evictions", "Factors dropped for want of room.", stats.evictions)
+        yield CounterMetricFamily("vblora_adapter_composes", "Times factors were composed.", stats.composes)
+        yield CounterMetricFamily("vblora_adapter_compose_seconds", "Time spent composing.", stats.compose_s)
 
     def _of_engine(self) -> Iterator[Metric]:
         stats = self._engine.stats()
@@ -94,4 +192,14 @@ class _Server(Collector):
             "vblora_prefix_tokens", "Prompt tokens found in the prefix cache instead.", stats.prefix_tokens
         )
         yield GaugeMetricFamily("vblora_prefix_bytes", "Memory of the prefix cache.", stats.prefix_bytes)
+        yield CounterMetricFamily(
+            "vblora_prefix_evicted_blocks", "Blocks dropped from the prefix cache.", stats.prefix_evicted_blocks
+        )
+        yield GaugeMetricFamily("vblora_kv_bytes", "Keys and values of the sequences that run.", stats.kv_bytes)
+        yield GaugeMetricFamily(
+            "vblora_kv_budget_bytes", "All the memory for keys and values, prefixes included.", stats.kv_budget_bytes
+        )
         yield CounterMetricFamily("vblora_folds", "Times a selection was folded into the base weights.", stats.folds)
+        yield CounterMetricFamily("vblora_fold_seconds", "Time spent folding.", stats.fold_s)
+        yield CounterMetricFamily("vblora_restores", "Times the base weights were restored.", stats.restores)
+        yield CounterMetricFamily("vblora_restore_seconds", "Time spent restoring.", stats.restore_s)

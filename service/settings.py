@@ -128,6 +128,9 @@ class Settings:
         ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
     )
     log_format: str = _setting(choice("text", "json"), "text", "How log lines are written.")
+    log_prompts: bool = _setting(
+        BOOLEAN, False, "Whether the access log gets prompts and outputs too. They are private: for debugging only."
+    )
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info", "The least severe records logged.")
 
     def shown(self) -> dict[str, str]:

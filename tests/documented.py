@@ -35,6 +35,7 @@ VOLATILE = {
     "total_s", "version", "torch", "transformers", "python", "logprob", "token", "token_id",
     "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
     "merge_error_layer", "fingerprint", "pins",
+    "content", "system_fingerprint", "token_logprobs",
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def workplace(folder: Path) -> Path:
 
 
 def record(documents: list[Path]) -> None:
-    """Writes what each command answers now below it. Each document has a fresh server."""
+    """Writes what each command answers below it, where that is no longer right. Each document has a fresh server."""
     for document in documents:
         with (
             tempfile.TemporaryDirectory() as data,
@@ -178,7 +179,11 @@ def record(documents: list[Path]) -> None:
             folder = workplace(Path(work))
 
             def answered(match: re.Match[str], server: Server = server, folder: Path = folder) -> str:
-                done = [f"$ {c.text}\n{shown(c.run(server, folder))}".rstrip() for c in commands_in(match[1])]
+                done = []
+                for command in commands_in(match[1]):
+                    answer = command.run(server, folder)
+                    right = not differences(command.answer, answer)
+                    done.append(f"$ {command.text}\n{command.answer if right else shown(answer)}".rstrip())
                 return "```console\n" + "\n".join(done) + "\n```"
 
             document.write_text(_BLOCK.sub(answered, document.read_text()))

@@ -40,6 +40,10 @@ class FakeRunner:
         room = 1 << 40 if self.room is None else self.room
         return room - len(lengths) * max(lengths, default=0) * TOKEN_BYTES
 
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        return sum(map(len, self.texts)) * TOKEN_BYTES, 1 << 40 if self.room is None else self.room
+
     def add(self, rows: int) -> None:
         self.texts += [[] for _ in range(rows)]
 

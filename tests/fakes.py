@@ -154,6 +154,9 @@ class FakeMetrics:
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.errors: Counter[str] = Counter()
+        self.generations: list[tuple[str, str]] = []
+        self.finished: Counter[str] = Counter()
+        self.observed: Counter[str] = Counter()
 
     def render(self) -> tuple[bytes, str]:
         return b"fake_metric 1\n", "text/plain; version=0.0.4; charset=utf-8"
@@ -164,3 +167,23 @@ class FakeMetrics:
 
     def count_error(self, code: str) -> None:
         self.errors[code] += 1
+
+    def count_generation(self, selection: Selection, tenant: str) -> None:
+        self.generations.append((selection.header, tenant))
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._observe("first_token", seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        self._observe("inter_token", seconds)
+
+    def observe_generation(self, queue_s: float, total_s: float) -> None:
+        assert queue_s <= total_s
+        self._observe("generation", queue_s)
+
+    def count_finished(self, reason: str, choices: int) -> None:
+        self.finished[reason] += choices
+
+    def _observe(self, what: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.observed[what] += 1

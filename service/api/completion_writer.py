@@ -81,22 +81,22 @@ class CompletionWriter:
         index = prompt * self.requests[prompt].n + choice
         state = self._choices.setdefault(index, _Choice())
         tokens: list[tuple[int, TokenLogprob | None]] = [(token.token_id, token) for token in logprobs]
-        start = state.written
         if self.echoes is not None and not state.begun:
             text = self.echoes[prompt] + text
             known = self._prompt_logprobs.get(request_id, ())
             if known:
                 tokens = [*zip(self.requests[prompt].prompt_ids, known, strict=True), *tokens]
         state.begun = True
-        view = None if self.logprobs is None else self._logprobs(tokens, start)
-        state.written += sum(map(len, view.tokens)) if view else 0
+        view = None if self.logprobs is None else self._logprobs(tokens, state)
         return CompletionChoice(index=index, text=text, logprobs=view, finish_reason=finish_reason)
 
-    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]], start: int) -> CompletionLogprobs:
-        texts = [self.tokenizer.token_text(token_id) for token_id, _ in tokens]
-        offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
+    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]], state: _Choice) -> CompletionLogprobs:
+        offsets = []
+        for token_id, _ in tokens:
+            offsets.append(state.written)
+            state.written += len(self.tokenizer.decode([token_id]))  # special tokens are not in the text
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[self.tokenizer.token_text(token_id) for token_id, _ in tokens],
             token_logprobs=[None if token is None else _finite(token.logprob) for _, token in tokens],
             top_logprobs=[self._top(token) for _, token in tokens] if self.logprobs else None,
             text_offset=offsets,

@@ -15,7 +15,7 @@ from adapters.store import AdapterStore
 from adapters.targets import BaseModules
 from service.api.guidance import Guidance
 from service.engine.seam import Engine
-from service.engine.selection import BASE
+from service.engine.selection import BASE, Selection
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
 
@@ -28,7 +28,8 @@ class ApiSettings:
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
     `request_timeout_s` bounds generation; a request may ask for less. `default_max_tokens` bounds the answers of chats
     that name no bound. `api_keys` are SHA-256 digests in hex
-    (`service.api.middleware.auth.hash_key`); without any, no key is asked for.
+    (`service.api.middleware.auth.hash_key`); without any, no key is asked for. With `log_prompts` the access log gets
+    prompts and outputs.
     """
 
     served_model_name: str
@@ -43,6 +44,7 @@ class ApiSettings:
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
     cors_origins: tuple[str, ...] = ()
+    log_prompts: bool = False
 
     def means_base(self, name: str) -> bool:
         return name == BASE or name in self.base_names
@@ -125,6 +127,26 @@ class Metrics(Protocol):
 
     def count_error(self, code: str) -> None:
         """One error answered, by the `code` of its envelope."""
+        ...
+
+    def count_generation(self, selection: Selection, tenant: str) -> None:
+        """One request that the engine has accepted, by what it runs with."""
+        ...
+
+    def observe_first_token(self, seconds: float) -> None:
+        """From a request's submission to its first token."""
+        ...
+
+    def observe_inter_token(self, seconds: float) -> None:
+        """Between two tokens of one choice."""
+        ...
+
+    def observe_generation(self, queue_s: float, total_s: float) -> None:
+        """A request that ran to its end: what it waited of the time it took."""
+        ...
+
+    def count_finished(self, reason: str, choices: int) -> None:
+        """Choices that ended: a FinishReason's value, or `failed`."""
         ...
 
 

@@ -6,6 +6,7 @@ What is here serves every route that generates; the routes only differ in what t
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from types import TracebackType
 
 from service.api.deps import Tokenizer
 from service.api.errors import ApiError, failed
+from service.api.observation import Observation
 from service.engine.events import (
     Event,
     FailedEvent,
@@ -55,24 +57,26 @@ def timeout_of(asked: float | None, limit: float | None) -> float | None:
 class EventStream:
     """The events of accepted requests, those of each in order, on the event loop that created it.
 
-        async with EventStream(engine, request) as events:
+        async with EventStream(engine, requests, observation) as events:
             async for event in events:
                 ...
 
     Ends after the last FinishedEvent; a FailedEvent is raised as ApiError. Whoever leaves earlier cancels what runs.
     """
 
-    def __init__(self, engine: Engine, *requests: GenerationRequest) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], observation: Observation) -> None:
         """Submits the requests. Raises EngineError if the engine refuses one; none of them is answered then."""
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._first: Event | None = None
         self._open: set[str] = set()  # ids of those that have not ended
+        self._observation = observation
         try:
             for request in requests:
                 engine.submit(request, self._deliver)
                 self._open.add(request.request_id)
+                observation.accepted(request)
         except BaseException:
             self.close()
             raise
@@ -111,8 +115,14 @@ class EventStream:
 
     def _deliver(self, event: Event) -> None:
         """Called from the engine's threads. A loop that is closed has nobody left to tell."""
+        moment = time.monotonic()  # here, as a busy loop must not count as the engine's time
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._arrived, event, moment)
+
+    def _arrived(self, event: Event, moment: float) -> None:
+        """Also of a request that was left: it is observed to its end."""
+        self._queue.put_nowait(event)
+        self._observation.saw(event, moment)
 
 
 @dataclass(slots=True)

@@ -56,9 +56,4 @@ def parse_model(model: str) -> tuple[WeightedName, ...]:
 
 def model_of(selection: Selection, settings: ApiSettings) -> str:
     """What a selection is called in the `model` field."""
-    adapters = selection.adapters
-    if not adapters:
-        return settings.served_model_name
-    if len(adapters) == 1 and adapters[0].weight == 1.0:
-        return adapters[0].name
-    return "+".join(f"{adapter.name}:{adapter.weight:g}" for adapter in adapters)
+    return settings.served_model_name if selection.is_base else selection.names

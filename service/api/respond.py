@@ -8,10 +8,11 @@ from typing import Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from service.api.deps import ServerState
 from service.api.disconnect import unless_disconnected
 from service.api.generation import EventStream
+from service.api.observation import observe
 from service.api.sse import EventSourceResponse
-from service.engine.seam import Engine
 from service.engine.sequence import GenerationRequest
 
 
@@ -30,7 +31,7 @@ class AnswerWriter(Protocol):
 async def respond(
     request: Request,
     response: Response,
-    engine: Engine,
+    state: ServerState,
     generations: Sequence[GenerationRequest],
     writer: AnswerWriter,
     *,
@@ -40,7 +41,8 @@ async def respond(
     error response; a client that leaves cancels them.
     """
     headers: Mapping[str, str] = {"X-Adapter-Digest": generations[0].selection.header}
-    events = EventStream(engine, *generations)
+    observation = await observe(state, request.scope, generations, stream=stream)
+    events = EventStream(state.engine, generations, observation)
     if not stream:
         answer = await unless_disconnected(request.receive, writer.whole(events))
         response.headers.update(headers)

@@ -36,7 +36,7 @@ _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
-    setup_logging(format=settings.log_format, level=settings.log_level)
+    setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts)
     end_on_sigterm()
     log.info("settings", extra=settings.shown())
     with listening(settings.host, settings.port) as listener:

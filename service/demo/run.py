@@ -50,7 +50,8 @@ def main(settings: Settings, *, check: bool, serve: bool) -> int:
     directory unless a data directory is given.
     """
     card = _read_card()
-    setup_logging(format=settings.log_format, level="warning" if settings.log_level == "info" else settings.log_level)
+    level = "warning" if settings.log_level == "info" else settings.log_level
+    setup_logging(format=settings.log_format, level=level, prompts=settings.log_prompts)
     end_on_sigterm()
     outcome = _Outcome()
     with ExitStack() as opened:

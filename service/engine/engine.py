@@ -129,6 +129,7 @@ class BatchEngine:
         digests = {adapter.digest for sequence in running for adapter in sequence.selection.adapters}
         with self._changed:
             queued = self._queued()
+        kv_bytes, kv_budget_bytes = self._worker.kv_bytes
         return EngineStats(
             waiting=queued,
             running=len(running),
@@ -138,6 +139,12 @@ class BatchEngine:
             folds=self._worker.folds,
             prefix_tokens=self._worker.prefix_tokens,
             prefix_bytes=self._worker.prefix_bytes,
+            prefix_evicted_blocks=self._worker.prefix_evicted_blocks,
+            fold_s=self._worker.fold_s,
+            restores=self._worker.restores,
+            restore_s=self._worker.restore_s,
+            kv_bytes=kv_bytes,
+            kv_budget_bytes=kv_budget_bytes,
         )
 
     def drain(self, timeout_s: float) -> bool:

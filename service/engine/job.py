@@ -151,7 +151,8 @@ class Job:
             total_s=now - self.submitted,
         )
         mode = Mode.MERGE if self.merged else Mode.SWITCH
-        return FinishedEvent(self.request.request_id, Usage(len(self.request.prompt_ids), output), timing, mode)
+        usage = Usage(len(self.request.prompt_ids), output, self.sequences[0].cached)
+        return FinishedEvent(self.request.request_id, usage, timing, mode)
 
     def _end(self, event: FinishedEvent | FailedEvent) -> None:
         assert not self.ended, "a request ended twice"

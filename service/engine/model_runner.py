@@ -35,6 +35,11 @@ class ModelRunner(Protocol):
         """
         ...
 
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """What the rows' tokens take, and all the memory for keys and values. May be asked from any thread."""
+        ...
+
     def add(self, rows: int) -> None:
         """Adds empty rows after those there."""
         ...
@@ -87,6 +92,10 @@ class TransformersRunner:
 
     def spare(self, lengths: Sequence[int]) -> int:
         return self.kv.spare(lengths)
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        return self.kv.used_bytes, self.kv.budget_bytes
 
     def add(self, rows: int) -> None:
         self.kv.add(rows)

@@ -71,6 +71,7 @@ class PrefixCache:
         # never older than its children, and the oldest one is always a leaf.
         self._by_use: OrderedDict[int, _Node] = OrderedDict()
         self.nbytes = 0
+        self.evicted_blocks = 0
 
     def match(self, owner: Hashable, tokens: Sequence[int]) -> PrefixHit:
         """The longest cached beginning of a prompt, in whole blocks, that leaves at least one token to run."""
@@ -105,6 +106,7 @@ class PrefixCache:
             if not node.readers and not node.children:
                 del self._by_use[identity]
                 self._remove(node)
+                self.evicted_blocks += 1
 
     def _path(self, owner: Hashable, tokens: Sequence[int], most: int) -> list[_Node]:
         nodes: list[_Node] = []

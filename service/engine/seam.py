@@ -26,7 +26,9 @@ class EngineState(Enum):
 class EngineStats:
     """One moment of the engine: choices waiting and running, adapters in the batch, tokens and folds since start.
 
-    `prompt_tokens` were run, `prefix_tokens` found in the prefix cache, which holds `prefix_bytes`.
+    `prompt_tokens` were run, `prefix_tokens` found in the prefix cache, which holds `prefix_bytes` and has dropped
+    `prefix_evicted_blocks` blocks. Folds and restores took `fold_s` and `restore_s` seconds. Of the memory for keys and
+    values, `kv_budget_bytes`, the tokens of running rows take `kv_bytes`.
     """
 
     waiting: int
@@ -37,6 +39,12 @@ class EngineStats:
     folds: int
     prefix_tokens: int = 0
     prefix_bytes: int = 0
+    prefix_evicted_blocks: int = 0
+    fold_s: float = 0.0
+    restores: int = 0
+    restore_s: float = 0.0
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
 
 
 class Engine(Protocol):

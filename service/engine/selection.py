@@ -44,16 +44,29 @@ class Selection:
         return not self.adapters
 
     @property
+    def is_blend(self) -> bool:
+        return len(self.adapters) > 1 or any(adapter.weight != 1.0 for adapter in self.adapters)
+
+    @property
     def key(self) -> tuple[tuple[str, float], ...]:
         """What decides the output, for caches and for telling whether two rows run the same thing."""
         return tuple((adapter.digest, adapter.weight) for adapter in self.adapters)
+
+    @property
+    def names(self) -> str:
+        """As clients write it: `base`, a name, or `name:weight+…` for a blend."""
+        if self.is_base:
+            return BASE
+        if not self.is_blend:
+            return self.adapters[0].name
+        return "+".join(f"{adapter.name}:{adapter.weight:g}" for adapter in self.adapters)
 
     @property
     def header(self) -> str:
         """The `X-Adapter-Digest` response header: `base`, a digest, or `digest:weight,…` for a blend."""
         if self.is_base:
             return BASE
-        if len(self.adapters) == 1 and self.adapters[0].weight == 1.0:
+        if not self.is_blend:
             return self.adapters[0].digest
         return ",".join(f"{adapter.digest}:{adapter.weight:g}" for adapter in self.adapters)
 

@@ -82,6 +82,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     prefilled: int = 0  # tokens of the prompt that have been run, or found in the prefix cache
+    cached: int = 0  # those that were found
 
     @property
     def params(self) -> SamplingParams:

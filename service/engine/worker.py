@@ -69,7 +69,8 @@ class Worker:
         self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
         self._stack = stack if stack is not None else FactorStack()
         self._unfoldable: set[object] = set()
-        self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = 0
+        self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = self.restores = 0
+        self.fold_s = self.restore_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -82,6 +83,15 @@ class Worker:
     @property
     def prefix_bytes(self) -> int:
         return 0 if self._prefixes is None else self._prefixes.nbytes
+
+    @property
+    def prefix_evicted_blocks(self) -> int:
+        return 0 if self._prefixes is None else self._prefixes.evicted_blocks
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """What the running rows' tokens take, and all the memory for keys and values. From any thread."""
+        return self._runner.kv_bytes
 
     def can_ever_run(self, length: int) -> bool:
         """Whether a row may grow to this length when it has all the memory to itself. From any thread."""
@@ -114,13 +124,23 @@ class Worker:
         return self._merger.rounding(_weighted(selection, factors))
 
     def _fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
+        if self._folded is not None:
+            self._restore()
         began = time.perf_counter()
-        self._folded = None  # what was folded is restored first, also when the fold fails
         self._merger.fold(_weighted(selection, factors))
         self._folded = selection
+        seconds = time.perf_counter() - began
         self.folds += 1
+        self.fold_s += seconds
         if self._auto_merge is not None:
-            self._auto_merge.folded_in(time.perf_counter() - began)
+            self._auto_merge.folded_in(seconds)
+
+    def _restore(self) -> None:
+        began = time.perf_counter()
+        self._merger.restore()
+        self._folded = None
+        self.restores += 1
+        self.restore_s += time.perf_counter() - began
 
     # --- joining ----------------------------------------------------------------------------------
 
@@ -177,7 +197,7 @@ class Worker:
         with _optional("a prefix was not reused"):
             if hit.tokens:
                 self._runner.write(row, hit.blocks)
-            sequence.prefilled = hit.tokens
+            sequence.prefilled = sequence.cached = hit.tokens
             self.prefix_tokens += hit.tokens
         hit.release()
 
@@ -287,8 +307,7 @@ class Worker:
             sole = foldable(running, automatic=True)
             wanted = sole if sole is not None and self._auto_merge.wants(sole.key) else None
         if self._folded is not None and (wanted is None or wanted.key != self._folded.key):
-            self._merger.restore()
-            self._folded = None
+            self._restore()
         if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
             self._try_fold(wanted, self._owners[running[0]][0].factors)
 

@@ -141,6 +141,7 @@ async def test_a_request_that_ended_is_not_cancelled(server: Server) -> None:
 async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> None:
     """The engine may outlive the web server by a moment."""
     from service.api.generation import EventStream
+    from service.api.observation import Observation
     from service.engine.events import FailedEvent
     from service.engine.selection import Selection
     from service.engine.sequence import GenerationRequest, SamplingParams
@@ -149,7 +150,8 @@ async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> N
     server.engine.gate.clear()
 
     async def submit() -> EventStream:
-        return EventStream(server.engine, GenerationRequest("id", (1,), SamplingParams(), Selection()))
+        request = GenerationRequest("id", (1,), SamplingParams(), Selection())
+        return EventStream(server.engine, [request], Observation([request], server.metrics, stream=True))
 
     stream = await asyncio.to_thread(loop.run_until_complete, submit())
     loop.close()

@@ -9,7 +9,7 @@ import pytest
 from tests.documented import commands_of, demo_server, differences, workplace
 from tests.server import ROOT
 
-DOCUMENTS = ["README.md", "docs/api.md"]
+DOCUMENTS = ["README.md", "docs/api.md", "docs/operations.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

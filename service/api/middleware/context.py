@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.deps import Metrics
+from service.api.observation import access_fields
 
 access_log = logging.getLogger("vblora.access")
 
@@ -44,7 +45,8 @@ class RequestContext:
         if code is not None:
             self._metrics.count_error(code)
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "code": code}
-        access_log.info("request", extra={"request_id": request_id, **fields, "duration_s": round(seconds, 6)})
+        fields |= {"duration_s": round(seconds, 6)} | access_fields(scope)
+        access_log.info("request", extra={"request_id": request_id, **fields})
 
 
 class _Exchange:

@@ -33,7 +33,7 @@ async def chat_completions(
 ) -> object:
     """Answers a conversation, with the selection that `model` names."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
-    return await respond(request, response, state.engine, [writer.request], writer, stream=bool(body.stream))
+    return await respond(request, response, state, [writer.request], writer, stream=bool(body.stream))
 
 
 def _prepare(state: ServerState, tenant: str, body: ChatRequest) -> ChatWriter:

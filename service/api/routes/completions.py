@@ -27,7 +27,7 @@ async def completions(
 ) -> object:
     """Continues prompts, with the selection that `model` names."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
-    return await respond(request, response, state.engine, writer.requests, writer, stream=bool(body.stream))
+    return await respond(request, response, state, writer.requests, writer, stream=bool(body.stream))
 
 
 def _prepare(state: ServerState, tenant: str, body: CompletionRequest) -> CompletionWriter:

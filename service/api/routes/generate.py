@@ -34,7 +34,7 @@ router = APIRouter(tags=["generate"])
 async def generate(body: GenerateRequest, request: Request, response: Response, state: State, tenant: Tenant) -> object:
     """Generates with the selection that the request names: an adapter, a blend, the base model, or the active one."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
-    return await respond(request, response, state.engine, [writer.request], writer, stream=body.stream)
+    return await respond(request, response, state, [writer.request], writer, stream=body.stream)
 
 
 @dataclass(frozen=True, slots=True)

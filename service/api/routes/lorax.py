@@ -16,29 +16,30 @@ from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
 from service.api.schemas.lorax import LoraxParameters, LoraxRequest, LoraxResponse
 from service.api.selection import resolve
-from service.api.sse import EventSourceResponse
 from service.engine.guide import Grammar
 from service.engine.sequence import GenerationRequest
 
 router = APIRouter(tags=["lorax"])
 
+_RESPONSES = streaming_responses("The text; in a stream, an event for each token")
 
-@router.post("/generate", response_model=LoraxResponse, responses=streaming_responses())
+
+@router.post("/generate", response_model=LoraxResponse, responses=_RESPONSES)
 async def lorax_generate(
     body: LoraxRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
     """Generates as LoRAX does. `adapter_id` and the ids of `merged_adapters` are names of registered adapters."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body, body.stream))
-    return await respond(request, response, state.engine, [writer.request], writer, stream=body.stream)
+    return await respond(request, response, state, [writer.request], writer, stream=body.stream)
 
 
-@router.post("/generate_stream", status_code=200, response_class=EventSourceResponse, responses=streaming_responses())
+@router.post("/generate_stream", response_class=Response, responses=_RESPONSES)
 async def lorax_generate_stream(
     body: LoraxRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
     """The same as server-sent events, one for each token."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body, True))
-    return await respond(request, response, state.engine, [writer.request], writer, stream=True)
+    return await respond(request, response, state, [writer.request], writer, stream=True)
 
 
 def _prepare(state: ServerState, tenant: str, body: LoraxRequest, stream: bool) -> LoraxWriter:

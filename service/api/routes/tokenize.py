@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.api.chat import render_chat
+from service.api.chat import render_chat, template_of
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.model_names import selection_spec
@@ -49,7 +49,7 @@ def _encode(state: ServerState, tenant: str, body: TokenizeRequest) -> list[int]
         return state.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     return render_chat(
         state,
-        selection,
+        template_of(state, selection),
         body.messages or [],
         tools=body.tools,
         add_generation_prompt=not body.continue_final_message and body.add_generation_prompt is not False,

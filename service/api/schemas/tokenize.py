@@ -15,7 +15,7 @@ class TokenizeRequest(SelectionFields):
     """Either a prompt or messages. The selection matters where an adapter brings a chat template of its own."""
 
     model: Text | None = Field(None, description="As in /v1/chat/completions")
-    prompt: Text | None = None
+    prompt: Text | None = Field(None, examples=["The default value is"])
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(
         None, description="True by default for a prompt. Messages get theirs from the template alone"

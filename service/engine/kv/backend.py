@@ -35,9 +35,15 @@ class KVBackend(Protocol):
 
     name: str
     ragged: bool
+    budget_bytes: int
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def used_bytes(self) -> int:
+        """What the tokens of the rows take, without what is held ready for more of them. From any thread."""
+        ...
 
     def spare(self, lengths: Sequence[int]) -> int:
         """Bytes of the budget left beside rows grown to these lengths; negative if they do not fit. From any thread."""

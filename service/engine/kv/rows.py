@@ -26,7 +26,7 @@ class RowsBackend:
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:
         self._device = device
-        self._budget = budget_bytes
+        self.budget_bytes = budget_bytes
         self._cache: DynamicCache | None = None  # None until a row has tokens
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._begun: tuple[list[int], DynamicCache, Tensor] | None = None
@@ -38,13 +38,17 @@ class RowsBackend:
 
     @property
     def nbytes(self) -> int:
-        return (
-            0 if self._cache is None else sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
-        )
+        cache = self._cache  # once: another thread may be asking
+        return 0 if cache is None else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    @property
+    def used_bytes(self) -> int:
+        """Padding included: its columns are held for as long as their row is."""
+        return self.nbytes
 
     def spare(self, lengths: Sequence[int]) -> int:
         needed = len(lengths) * max(lengths, default=0) * self._bytes_per_token
-        return self._budget - max(needed, self.nbytes)
+        return self.budget_bytes - max(needed, self.nbytes)
 
     def reserve(self, rows: int, longest: int) -> None:
         """Nothing: its tensors are made anew with every token."""

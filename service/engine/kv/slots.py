@@ -126,7 +126,7 @@ class SlotBackend:
         self._lowest = torch.finfo(dtype).min
         self._dtype = dtype
         self._device = device
-        self._budget = budget_bytes
+        self.budget_bytes = budget_bytes
         self._lengths: list[int] = []
         self._written: list[int] = []  # columns of each row that may hold something, also what a failed forward left
         self._floor = 1, _BLOCK  # slots and columns that are never given back
@@ -143,12 +143,16 @@ class SlotBackend:
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers if layer.is_initialized)
 
+    @property
+    def used_bytes(self) -> int:
+        return sum(self._lengths) * self.bytes_per_token
+
     def length(self, row: int) -> int:
         return self._lengths[row]
 
     def spare(self, lengths: Sequence[int]) -> int:
         needed = self._bytes(len(lengths), _in_blocks(max(lengths))) if lengths else 0
-        return self._budget - max(needed, self.nbytes)
+        return self.budget_bytes - max(needed, self.nbytes)
 
     def reserve(self, rows: int, longest: int) -> None:
         """Makes room for so many rows as long as half of the budget allows, `longest` at most, and keeps it.
@@ -157,7 +161,7 @@ class SlotBackend:
         """
         assert self.bytes_per_token
         assert not self.rows
-        affordable = self._budget // 2 // (rows * self.bytes_per_token) - 1
+        affordable = self.budget_bytes // 2 // (rows * self.bytes_per_token) - 1
         columns = min(_in_blocks(longest), affordable // _BLOCK * _BLOCK)
         if columns >= _BLOCK:
             self._floor = rows, columns
@@ -242,7 +246,7 @@ class SlotBackend:
         if rows <= self.slots and longest <= self.columns:
             return
         slots, columns = max(self.slots, _bucket(rows, 1)), max(self.columns, _bucket(longest, _BLOCK))
-        if self._bytes(slots, columns) > self._budget // 2:
+        if self._bytes(slots, columns) > self.budget_bytes // 2:
             slots, columns = rows, _in_blocks(longest)
         self._resize(slots, columns)
 
@@ -250,7 +254,7 @@ class SlotBackend:
         """Gives memory back when no row is left, or when the rows that are left need far less than is taken."""
         slots = max(self._floor[0], _bucket(self.rows, 1))
         columns = max(self._floor[1], _bucket(max(self._lengths, default=1), _BLOCK))
-        if not self.rows or self.nbytes > self._budget // 2 >= 2 * self._bytes(slots, columns):
+        if not self.rows or self.nbytes > self.budget_bytes // 2 >= 2 * self._bytes(slots, columns):
             self._resize(slots, columns)
 
     def _clear(self, slots: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from adapters.errors import (
 )
 from adapters.factors import AdapterFactors
 from adapters.layers import AdaptedModel
-from adapters.registry import AdapterRegistry, AdapterState
+from adapters.registry import AdapterRegistry, AdapterState, RegistryStats
 from adapters.store import AdapterRecord, AdapterStore, digest_of
 from tests.factories import WEIGHTS_FILE, AdapterSpec, make_adapter, rewrite, tiny_model
 from tests.unit.adapters.support import BANK, adapted, factors
@@ -279,6 +280,24 @@ class TestEviction:
             registry.unpin(known[name])
         assert self.ready(registry, known) == "c"
         assert registry.pin(known["c"]) is pinned["c"]
+
+    def test_what_pins_found_is_counted(self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path]):
+        registry = self.registry(store, model, adapters=1)
+        known = digests(registry, written)
+        assert registry.stats() == RegistryStats()
+        assert registry.pin_loaded(known["a"]) is None
+        assert registry.stats() == RegistryStats(), "not pinned: nothing to count"
+        self.use(registry, known["a"])
+        composed = registry.stats()
+        assert composed.compose_s > 0
+        assert replace(composed, compose_s=0.0) == RegistryStats(misses=1, composes=1, ready=1)
+        self.use(registry, known["a"])
+        assert registry.pin_loaded(known["a"]) is not None
+        registry.unpin(known["a"])
+        assert registry.stats() == replace(composed, hits=2)
+        self.use(registry, known["b"])
+        counted = replace(registry.stats(), compose_s=0.0)
+        assert counted == RegistryStats(hits=2, misses=2, evictions=1, composes=2, ready=1)
 
     def test_one_that_is_too_large_is_refused_and_not_failed(
         self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path]

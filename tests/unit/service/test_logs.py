@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.logs import PRIVATE_FIELDS, setup_logging
+from service.logs import ACCESS_LOGGER, PRIVATE_FIELDS, PROMPT_FIELDS, setup_logging
 
 LOGGERS = ("", "service", "adapters", "vblora", "uvicorn")
 
@@ -25,9 +25,9 @@ def restored_logging() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-def lines(format: str, level: str = "info") -> io.StringIO:
+def lines(format: str, level: str = "info", *, prompts: bool = False) -> io.StringIO:
     stream = io.StringIO()
-    setup_logging(format=format, level=level, stream=stream)
+    setup_logging(format=format, level=level, prompts=prompts, stream=stream)
     return stream
 
 
@@ -73,6 +73,21 @@ def test_text_from_a_client_cannot_start_a_line_or_drive_a_terminal() -> None:
 def test_private_fields_are_left_out(format: str, name: str) -> None:
     stream = lines(format)
     logging.getLogger("service").info("done", extra={name: "a secret"})
+    assert "secret" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_the_access_log_alone_gets_prompts_and_outputs_and_only_when_asked(format: str) -> None:
+    stream = lines(format, prompts=True)
+    private = dict.fromkeys(PRIVATE_FIELDS - PROMPT_FIELDS, "a secret")
+    logging.getLogger(ACCESS_LOGGER).info("request", extra={**private, "prompt": "a\nquestion", "output": ["x", "y"]})
+    (line,) = stream.getvalue().splitlines()
+    assert "question" in line
+    assert "secret" not in line
+    if format == "json":
+        assert (json.loads(line)["prompt"], json.loads(line)["output"]) == ("a\nquestion", ["x", "y"])
+    for name in ("service.engine", "vblora.other"):
+        logging.getLogger(name).info("done", extra={"prompt": "a secret", "output": "a secret"})
     assert "secret" not in stream.getvalue()
 
 

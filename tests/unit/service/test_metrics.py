@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import StoreCorrupt
+from adapters.registry import RegistryStats
 from service.engine.seam import EngineStats
-from service.metrics import PrometheusMetrics
+from service.engine.selection import Mode, SelectedAdapter, Selection
+from service.metrics import MOST_NAMES, PrometheusMetrics
 
 
 class Engine:
     def stats(self) -> EngineStats:
-        return EngineStats(1, 2, 3, prompt_tokens=40, completion_tokens=50, folds=6, prefix_tokens=60, prefix_bytes=70)
+        return EngineStats(
+            1, 2, 3, prompt_tokens=40, completion_tokens=50, folds=6, prefix_tokens=60, prefix_bytes=70,
+            prefix_evicted_blocks=80, fold_s=9.5, restores=10, restore_s=11.5, kv_bytes=120, kv_budget_bytes=130,
+        )  # fmt: skip
 
 
 class Registry:
     def resident_bytes(self) -> tuple[int, int]:
         return 100, 200
+
+    def stats(self) -> RegistryStats:
+        return RegistryStats(1, 2, 3, 4, compose_s=5.5, loading=6, ready=7, failed=8)
 
 
 class Store:
@@ -44,8 +55,23 @@ def samples(metrics: PrometheusMetrics) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.startswith("vblora_")}
 
 
+def changed(server: PrometheusMetrics, change: Callable[[], None]) -> dict[str, float]:
+    """By how much each sample went up, of those that did; sums and buckets of histograms aside."""
+    before = samples(server)
+    change()
+    after = samples(server)
+    moved = {name: value - before.get(name, 0.0) for name, value in after.items() if value != before.get(name, 0.0)}
+    return {name: value for name, value in moved.items() if "_bucket" not in name and not name.endswith("_sum")}
+
+
+def one(name: str, weight: float = 1.0) -> Selection:
+    return Selection((SelectedAdapter(name, f"sha256:{name}", weight),))
+
+
 def test_a_scrape_asks_engine_registry_and_store() -> None:
-    assert samples(metrics()) == {
+    found = samples(metrics())
+    at_rest = ("vblora_finished_choices", "_seconds_bucket", "_seconds_count", "_seconds_sum")
+    assert {name: value for name, value in found.items() if value or not any(part in name for part in at_rest)} == {
         "vblora_queue_depth": 1,
         "vblora_running_sequences": 2,
         "vblora_batch_adapters": 3,
@@ -54,10 +80,90 @@ def test_a_scrape_asks_engine_registry_and_store() -> None:
         "vblora_folds_total": 6,
         "vblora_prefix_tokens_total": 60,
         "vblora_prefix_bytes": 70,
+        "vblora_prefix_evicted_blocks_total": 80,
+        "vblora_fold_seconds_total": 9.5,
+        "vblora_restores_total": 10,
+        "vblora_restore_seconds_total": 11.5,
+        "vblora_kv_bytes": 120,
+        "vblora_kv_budget_bytes": 130,
         "vblora_adapters": 7,
         "vblora_adapter_resident_bytes{kind=compact}": 100,
         "vblora_adapter_resident_bytes{kind=factors}": 200,
+        "vblora_adapter_hits_total": 1,
+        "vblora_adapter_misses_total": 2,
+        "vblora_adapter_evictions_total": 3,
+        "vblora_adapter_composes_total": 4,
+        "vblora_adapter_compose_seconds_total": 5.5,
+        "vblora_adapter_versions{state=loading}": 6,
+        "vblora_adapter_versions{state=ready}": 7,
+        "vblora_adapter_versions{state=failed}": 8,
     }
+
+
+def test_every_observation_moves_its_own_metric_and_no_other() -> None:
+    server = metrics()
+    assert changed(server, lambda: None) == {}
+    assert changed(server, lambda: server.observe_first_token(0.2)) == {"vblora_time_to_first_token_seconds_count": 1}
+    assert changed(server, lambda: server.observe_inter_token(0.2)) == {"vblora_inter_token_latency_seconds_count": 1}
+    assert changed(server, lambda: server.observe_generation(0.1, 7)) == {
+        "vblora_queue_seconds_count": 1,
+        "vblora_generation_seconds_count": 1,
+    }
+    assert changed(server, lambda: server.count_finished("stop", 3)) == {
+        "vblora_finished_choices_total{reason=stop}": 3
+    }
+    assert changed(server, lambda: server.count_generation(Selection(), "")) == {
+        "vblora_generations_total{adapter=base}": 1
+    }
+
+
+def test_times_are_in_seconds() -> None:
+    server = metrics()
+    server.observe_first_token(0.3)
+    server.observe_inter_token(0.004)
+    server.observe_generation(0.02, 7)
+    found = samples(server)
+    assert found["vblora_time_to_first_token_seconds_sum"] == 0.3
+    assert found["vblora_inter_token_latency_seconds_bucket{le=0.0025}"] == 0
+    assert found["vblora_inter_token_latency_seconds_bucket{le=0.005}"] == 1
+    assert (found["vblora_queue_seconds_sum"], found["vblora_generation_seconds_sum"]) == (0.02, 7)
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "cancelled", "failed"])
+def test_every_reason_is_there_before_it_happens(reason: str) -> None:
+    assert samples(metrics())[f"vblora_finished_choices_total{{reason={reason}}}"] == 0
+
+
+@pytest.mark.parametrize(
+    ("selection", "tenant", "label"),
+    [
+        (Selection(), "", "base"),
+        (Selection(), "acme", "base"),
+        (one("sql"), "", "sql"),
+        (Selection(one("sql").adapters, Mode.MERGE), "", "sql"),
+        (one("sql", 0.5), "", "blend"),
+        (Selection(one("sql").adapters + one("style").adapters), "", "blend"),
+        (one("secret"), "acme", "other"),
+        (Selection(one("secret").adapters + one("sql").adapters), "acme", "blend"),
+        (one("blend"), "", "other"),
+        (one("other"), "", "other"),
+    ],
+)
+def test_what_a_request_ran_with_is_its_label(selection: Selection, tenant: str, label: str) -> None:
+    server = metrics()
+    moved = changed(server, lambda: server.count_generation(selection, tenant))
+    assert moved == {f"vblora_generations_total{{adapter={label}}}": 1}
+
+
+def test_ten_thousand_names_make_a_bounded_number_of_series() -> None:
+    server = metrics()
+    for i in range(10_000):
+        server.count_generation(one(f"adapter-{i}"), "")
+    server.count_generation(one("adapter-0"), "")
+    found = {name: value for name, value in samples(server).items() if name.startswith("vblora_generations_total")}
+    assert len(found) == MOST_NAMES + 1
+    assert found["vblora_generations_total{adapter=adapter-0}"] == 2
+    assert found["vblora_generations_total{adapter=other}"] == 10_000 - MOST_NAMES
 
 
 def test_requests_and_errors_are_counted() -> None:

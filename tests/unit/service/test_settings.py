@@ -54,10 +54,10 @@ class TestPrecedence:
             "dtype": "bfloat16", "threads": "2", "host": "0.0.0.0", "port": "9000", "data_dir": "/data",
             "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3", "max_batch_size": "4",
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
-            "default_max_tokens": "8", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
+            "default_max_tokens": "9", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
             "request_timeout_s": "9", "drain_timeout_s": "10", "allow_source": "/adapters", "api_key_file": "/keys",
             "metrics_public": "false", "cors_origin": "https://a.example:8443", "log_format": "json",
-            "log_level": "debug",
+            "log_prompts": "true", "log_level": "debug",
         }[setting.name]  # fmt: skip
         config.write_text(f'{setting.flag[2:]} = "{text}"\n')
         flag = load({setting.name: [text] if setting.repeatable else text})

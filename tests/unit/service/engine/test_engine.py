@@ -19,7 +19,7 @@ from service.engine.seam import EngineState
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.engine.worker import Worker
-from tests.fake_runner import VOCABULARY, FakeRunner
+from tests.fake_runner import TOKEN_BYTES, VOCABULARY, FakeRunner
 from tests.unit.service.engine.test_worker import FakeMerger, Letters
 
 
@@ -338,3 +338,20 @@ def test_a_fold_asked_for_before_the_end_is_answered() -> None:
     assert asked.done(), "nobody is left waiting"
     with pytest.raises(EngineUnavailable):
         bench.engine.fold(Selection())
+
+
+def test_what_keys_and_values_take_is_told_while_they_are_there(bench: Bench) -> None:
+    bench.runner.room = 1000
+    taken: list[int] = []
+    ended = threading.Event()
+
+    def sink(event: Event) -> None:
+        taken.append(bench.engine.stats().kv_bytes // TOKEN_BYTES)
+        if isinstance(event, FinishedEvent):
+            ended.set()
+
+    params = SamplingParams(max_new_tokens=3, temperature=0.0)
+    bench.engine.submit(GenerationRequest("r", (1, 2, 3), params, Selection()), sink)
+    assert ended.wait(10)
+    assert taken == [3, 4, 5, 5]
+    assert bench.engine.stats().kv_budget_bytes == 1000

@@ -300,6 +300,19 @@ def test_memory_stays_within_the_budget_whatever_comes_and_goes(backend: str) ->
         bench.keep([0])
 
 
+@both
+def test_what_the_tokens_of_the_rows_take(backend: str) -> None:
+    bench = measured(backend, 6 * 129)
+    assert bench.runner.kv_bytes == (0, bench.kv.budget_bytes)
+    bench.add(2)
+    bench.extend([0], [20])
+    bench.extend([1], [20])
+    both_rows, _ = bench.runner.kv_bytes
+    assert 0 < both_rows <= bench.kv.nbytes
+    bench.keep([1])
+    assert bench.runner.kv_bytes == (both_rows // 2, bench.kv.budget_bytes)
+
+
 def test_slots_grow_in_powers_of_two_and_are_given_back() -> None:
     bench = Bench("llama", "slot")
     slots = bench.kv

@@ -191,6 +191,7 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     assert found(cache, "a", prompt(1, 2, 3, rest=1)) == 32, "its last block went, not what others hang on"
     assert found(cache, "a", prompt(1, 4, rest=1)) == 32
     assert found(cache, "a", prompt(5, rest=1)) == 16
+    assert cache.evicted_blocks == 1
 
 
 def test_what_is_read_stays() -> None:

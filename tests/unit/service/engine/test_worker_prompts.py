@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.factors import AdapterFactors
-from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
+from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent, Usage
 from service.engine.guide import Grammar
 from service.engine.job import Job, make_job
 from service.engine.prefix_cache import BLOCK, PrefixCache
@@ -89,6 +89,11 @@ class Bench:
     def end(self, name: str) -> FinishedEvent | FailedEvent:
         (end,) = [e for e in self.events[name] if not isinstance(e, TokenEvent)]
         return end
+
+    def usage(self, name: str) -> Usage:
+        end = self.end(name)
+        assert isinstance(end, FinishedEvent)
+        return end.usage
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -171,6 +176,7 @@ def test_a_prompt_that_begins_alike_runs_only_its_tail() -> None:
     assert bench.counted == (50 + 1 + 3, 48 + 16)
     assert bench.tokens("second") == [8, 9, 10]
     assert bench.tokens("partial") == [10, 11, 12]
+    assert [bench.usage(name).cached_tokens for name in ("first", "second", "partial")] == [0, 48, 16]
 
 
 def test_requests_that_come_together_wait_for_the_one_that_runs_their_prefix() -> None:
@@ -188,6 +194,7 @@ def test_n_choices_share_their_prompt() -> None:
     bench.admit("five", [*PREFIX, 1], n=5, temperature=1.0, seed=7)
     bench.run()
     assert bench.counted == (49 + 4, 4 * 48)
+    assert bench.usage("five") == Usage(49, 15), "what the later choices find, the first has run"
     alone = Bench(max_batch_size=1, prefix_bytes=0)
     alone.admit("five", [*PREFIX, 1], n=5, temperature=1.0, seed=7)
     alone.run()
