@@ -19,7 +19,6 @@ from tests.api.conftest import ALIAS, BASE, Server, error_of
 from tests.factories import BOS_ID
 from tests.fakes import Failure, fake_text
 
-
 NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
