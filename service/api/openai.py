@@ -13,8 +13,7 @@ from service.api.deps import ServerState
 from service.api.errors import ApiError
 from service.api.generation import timeout_of
 from service.api.model_names import model_of, selection_spec
-from service.api.schemas.generate import UsageView
-from service.api.schemas.openai import OpenAIFields
+from service.api.schemas.openai import OpenAIFields, OpenAIUsage, PromptTokensDetails
 from service.api.selection import resolve
 from service.engine.events import Usage
 from service.engine.guide import Grammar
@@ -91,9 +90,12 @@ def generations(
     ]
 
 
-def usage_of(usages: Iterable[Usage]) -> UsageView:
+def usage_of(usages: Iterable[Usage]) -> OpenAIUsage:
     """The sum over a request's prompts."""
     counted = list(usages)
-    prompt = sum(usage.prompt_tokens for usage in counted)
-    completion = sum(usage.completion_tokens for usage in counted)
-    return UsageView(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    return OpenAIUsage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in counted),
+        completion_tokens=sum(usage.completion_tokens for usage in counted),
+        total_tokens=sum(usage.total_tokens for usage in counted),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in counted)),
+    )

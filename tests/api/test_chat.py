@@ -58,7 +58,12 @@ def test_answers_as_openai_does(server: Server) -> None:
                 "finish_reason": "length",
             }
         ],
-        "usage": {"prompt_tokens": len(PROMPT), "completion_tokens": 8, "total_tokens": len(PROMPT) + 8},
+        "usage": {
+            "prompt_tokens": len(PROMPT),
+            "completion_tokens": 8,
+            "total_tokens": len(PROMPT) + 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
     assert prompt_of(server) == PROMPT, "no special tokens are added to the template's"
 

@@ -19,6 +19,8 @@ from tests.api.conftest import ALIAS, BASE, Server, error_of
 from tests.factories import BOS_ID
 from tests.fakes import Failure, fake_text
 
+NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
 
 def complete(server: Server, **fields: Any) -> httpx.Response:
     return server.client.post("/v1/completions", json={"prompt": "hi", **fields})
@@ -42,7 +44,7 @@ def test_answers_as_openai_does(server: Server) -> None:
         "model": BASE,
         "system_fingerprint": "vblora-0123456789abcdef",
         "choices": [{"index": 0, "text": "base;bas", "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10, **NOTHING_CACHED},
     }
 
 
@@ -221,7 +223,7 @@ def test_a_list_of_prompts_is_answered_in_its_order(server: Server) -> None:
         (2, "dbase"),
         (3, "dbase"),
     ]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20, **NOTHING_CACHED}
 
 
 def test_a_list_of_prompts_streams(server: Server) -> None:
@@ -242,7 +244,7 @@ def test_a_list_of_prompts_streams(server: Server) -> None:
         assert event["usage"] is None
     assert texts == ["abcbase", "abcbase", "dbase", "dbase"]
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
+    assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20, **NOTHING_CACHED}
 
 
 def test_when_one_of_several_prompts_fails_all_do(server: Server) -> None:
@@ -297,7 +299,7 @@ def test_the_prompt_alone(server: Server) -> None:
     (choice,) = body["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("xyz", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -3.0, -3.0]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, **NOTHING_CACHED}
     (request,) = server.engine.requests
     assert (request.params.max_new_tokens, request.params.prompt_logprobs) == (0, 0)
 

@@ -122,6 +122,14 @@ def test_usage_comes_last_in_a_stream(case: Case) -> None:
         assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_a_prompt_that_is_known_is_counted_as_cached(case: Case) -> None:
+    prompt = "a prompt of more than two blocks of sixteen tokens"
+    first, again = (complete(case, model="style", prompt=prompt).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert again.prompt_tokens_details.cached_tokens == 48
+    assert first.prompt_tokens == again.prompt_tokens == len(prompt)
+
+
 def test_a_seed_repeats_and_choices_differ(case: Case) -> None:
     fields = {"model": "sql", "temperature": 1.0, "seed": 7, "n": 3, "extra_body": {"ignore_eos": True}}
     once, again = (chat(case, **fields) for _ in range(2))

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from service.api.schemas.common import RequestModel, ResponseModel, Text, check_text
-from service.api.schemas.generate import MAX_LOGPROBS, UsageView
-from service.api.schemas.openai import OpenAIFields
+from service.api.schemas.generate import MAX_LOGPROBS
+from service.api.schemas.openai import OpenAIFields, OpenAIUsage
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -169,7 +169,7 @@ class ChatResponse(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: UsageView
+    usage: OpenAIUsage
 
 
 class ChatDelta(ResponseModel):
@@ -194,4 +194,4 @@ class ChatChunk(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChunkChoice]
-    usage: UsageView | None = None
+    usage: OpenAIUsage | None = None

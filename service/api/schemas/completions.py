@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from service.api.schemas.common import ResponseModel, check_text
-from service.api.schemas.generate import MAX_LOGPROBS, UsageView
-from service.api.schemas.openai import OpenAIFields
+from service.api.schemas.generate import MAX_LOGPROBS
+from service.api.schemas.openai import OpenAIFields, OpenAIUsage
 
 MAX_PROMPTS = 256
 
@@ -93,4 +93,4 @@ class CompletionResponse(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: UsageView | None = None
+    usage: OpenAIUsage | None = None

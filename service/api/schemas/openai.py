@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from service.api.schemas.common import RequestModel, Text
-from service.api.schemas.generate import MAX_CHOICES, MAX_STOPS, SelectionFields, Stop
+from service.api.schemas.common import RequestModel, ResponseModel, Text
+from service.api.schemas.generate import MAX_CHOICES, MAX_STOPS, SelectionFields, Stop, UsageView
 from service.engine.sequence import SamplingParams
 
 MAX_BIASES = 1024
@@ -63,6 +63,16 @@ class JsonSchemaResponseFormat(RequestModel):
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaResponseFormat, Field(discriminator="type")]
+
+
+class PromptTokensDetails(ResponseModel):
+    cached_tokens: int = Field(description="Found in the prefix cache instead of run")
+
+
+class OpenAIUsage(UsageView):
+    """Summed over a request's prompts, each counted once however many choices it has."""
+
+    prompt_tokens_details: PromptTokensDetails
 
 
 class OpenAIFields(SelectionFields):
