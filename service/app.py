@@ -15,11 +15,11 @@ from service.api.errors import install_error_handlers
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
-from service.api.routes import activation, adapters, docs, generate, health, models, parameters
+from service.api.routes import activation, adapters, docs, generate, health, lora, models, parameters
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-_API_ROUTERS = (generate.router, models.router, adapters.router, activation.router, parameters.router)
+_API_ROUTERS = (generate.router, models.router, adapters.router, activation.router, parameters.router, lora.router)
 
 # Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.
 _DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, if the server asks for one"))

@@ -13,10 +13,13 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
+from service.api.hub_ids import HubPattern
+from service.api.resolver import AdapterResolver
 from service.engine.seam import Engine
 from service.engine.selection import BASE
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
+_FETCHES_AT_ONCE = 8  # each may wait long for a network: not in the threads that all requests share
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,9 @@ class ApiSettings:
 
     `base_names` are the names that mean the base model, `served_model_name` among them. `max_upload_bytes` bounds the
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
-    `request_timeout_s` bounds generation; a request may ask for less. `api_keys` are SHA-256 digests in hex
-    (`service.api.middleware.auth.hash_key`); without any, no key is asked for.
+    `request_timeout_s` bounds generation; a request may ask for less. Adapters may be read from the directories in
+    `allow_source` and the repositories that `allow_hub` covers, within `source_timeout_s` from the Hub. `api_keys` are
+    SHA-256 digests in hex (`service.api.middleware.auth.hash_key`); without any, no key is asked for.
     """
 
     served_model_name: str
@@ -37,6 +41,8 @@ class ApiSettings:
     body_timeout_s: float = 60.0
     request_timeout_s: float | None = None
     allow_source: tuple[Path, ...] = ()
+    allow_hub: tuple[HubPattern, ...] = ()
+    source_timeout_s: float = 60.0
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
 
@@ -94,7 +100,11 @@ class Metrics(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerState:
-    """Everything that a request may need. `registering` bounds how many uploads are checked at once."""
+    """Everything that a request may need.
+
+    `registering` bounds how many uploads are checked at once, `fetching` how many sources are read for requests.
+    `resolver` looks unknown names up, if the server is to.
+    """
 
     settings: ApiSettings
     store: AdapterStore
@@ -103,7 +113,9 @@ class ServerState:
     tokenizer: Tokenizer
     base: BaseInfo
     metrics: Metrics
+    resolver: AdapterResolver | None = None
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
+    fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
 
 
 async def server_state(request: Request) -> ServerState:
