@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE
-from adapters.errors import AdapterError, StoreError
+from adapters.errors import AdapterError, AdapterTooLarge, StoreError
 from adapters.registry import AdapterRegistry
 from adapters.store import check_name, digest_of
 from service.api.adapter_files import ADAPTER_FILES
@@ -77,7 +77,7 @@ class AdaptersDirectory:
             return  # as it was: the next scan finds it changed
         except (AdapterError, ApiError, OSError) as error:
             # A full disk or a failing one may mend without a change of these files.
-            passing = isinstance(error, (StoreError, OSError))
+            passing = isinstance(error, (StoreError, OSError)) and not isinstance(error, AdapterTooLarge)
             reason = str(getattr(error, "message", error))
             if before is None or (before.fingerprint, before.reason) != (fingerprint, reason):
                 log.warning("the adapter in %s is not taken in: %s", self._path / name, reason)
@@ -89,7 +89,7 @@ class AdaptersDirectory:
         source = str(self._path / name)
         with self._registry.store.staging() as staged:
             copy_child(self._path, name, staged, max_bytes=self._max_bytes)
-            if fingerprints(self._path).get(name) != fingerprint:
+            if _fingerprint(self._path, name) != fingerprint:
                 raise _StillChanging
             if known is None:
                 return register_unless_known(self._registry, name, staged, source=source)
@@ -105,6 +105,11 @@ def fingerprints(path: Path) -> Mapping[str, Fingerprint]:
         names = sorted(os.listdir(descriptor))
         found = {name: tuple(_facts(descriptor, name)) for name in names if not name.startswith(".")}
     return {name: facts for name, facts in found.items() if any(fact[0] == CONFIG_FILE for fact in facts)}
+
+
+def _fingerprint(path: Path, name: str) -> Fingerprint:
+    with open_directory(path) as descriptor:
+        return tuple(_facts(descriptor, name))
 
 
 def _facts(parent: int, name: str) -> Iterator[tuple[str, int, int, int]]:

@@ -33,7 +33,7 @@ def anyio_backend() -> str:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub of this test's own, which the Hub's client asks in place of the real one."""
     fake = FakeHub()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
     monkeypatch.setattr(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"

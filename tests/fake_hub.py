@@ -32,11 +32,13 @@ class FakeRepo:
 
 
 class FakeHub:
-    """Serves `repos` at `url` until `close`. `requests` are the paths asked for; `broken` answers all with 500."""
+    """Serves `repos` at `url` until `close`. `requests` are the paths asked for, `tokens` what
+    was sent along to each; `broken` answers all with 500."""
 
     def __init__(self) -> None:
         self.repos: dict[str, FakeRepo] = {}
         self.requests: list[str] = []
+        self.tokens: dict[str, str | None] = {}
         self.broken = False
         self.before_answer: Callable[[str], object] = lambda path: None
         hub = self
@@ -47,6 +49,7 @@ class FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.other_url = self.url.replace("127.0.0.1", "localhost")  # another host, to a client
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def add(self, repo_id: str, directory: Path, **facts: object) -> FakeRepo:
@@ -70,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.owner.requests.append(path)
+        self.owner.tokens[path] = self.headers.get("Authorization")
         self.owner.before_answer(path)
         if self.owner.broken:
             return self._refuse(500, "")
@@ -100,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[3] not in repo.branches.values() or parts[4] not in repo.files:
             return self._refuse(404, "EntryNotFound")
         if repo.elsewhere:
-            return self._answer(302, b"", Location=f"{self.owner.url}/elsewhere/{'/'.join(parts[:2])}/{parts[4]}")
+            return self._answer(302, b"", Location=f"{self.owner.other_url}/elsewhere/{'/'.join(parts[:2])}/{parts[4]}")
         return self._send(repo, parts[4])
 
     def _send(self, repo: FakeRepo, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -76,7 +77,7 @@ def named_directories(directories: Iterable[Path], name: str | None) -> dict[str
         return {name: found[0]}
     named: dict[str, Path] = {}
     for path in found:
-        called = path.resolve().name
+        called = os.path.basename(os.path.abspath(path))  # `.` has a name too, and a link its own
         if called in named:
             raise CommandError(f"{named[called]} and {path} are both called {called!r}: rename one directory")
         named[called] = path

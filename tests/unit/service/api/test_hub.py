@@ -95,10 +95,15 @@ def test_a_revision_is_resolved_before_a_file_is_asked_for(
     assert [record.commit for record in caplog.records if hasattr(record, "commit")] == [OTHER_COMMIT]
 
 
-def test_redirects_are_followed(hub: FakeHub, adapter: Path, staged: Path) -> None:
+def test_redirects_are_followed_without_the_token(
+    hub: FakeHub, adapter: Path, staged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "alpha")
     hub.add("org/sql", adapter, elsewhere=True)
     fetch(staged)
     assert contents(staged) == FILES
+    assert hub.tokens[f"/org/sql/resolve/{COMMIT}/adapter_config.json"] == "Bearer alpha"
+    assert hub.tokens["/elsewhere/org/sql/adapter_config.json"] is None
 
 
 @pytest.mark.parametrize("name", ["org/none", "other/sql"])
