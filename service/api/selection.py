@@ -14,11 +14,11 @@ from service.engine.selection import Mode, SelectedAdapter, Selection, Selection
 
 
 def resolve(state: ServerState, tenant: str, spec: SelectionSpec) -> Selection:
-    """The selection that a request asks for, or the tenant's active adapter, or the base model. Blocks on the disk,
-    and on the network where unknown names are looked up.
+    """The selection that a request asks for, or the tenant's active adapter, or the base model.
 
-    Raises AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what
-    AdapterResolver.resolve does for a name that is looked up.
+    Reads the store, and waits for the network where unknown names are looked up: not for the event loop. Raises
+    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what AdapterResolver.resolve
+    does for a name that is looked up.
     """
     if spec.names is None:
         return _active(state, tenant, spec.mode)

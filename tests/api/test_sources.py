@@ -131,7 +131,8 @@ class TestHub:
         assert (response.status_code, response.json()["active"]) == (201, True)
         server.upload("uploaded")
         assert response.json()["digest"] == server.digest("uploaded")
-        assert [record.source for record in caplog.records] == [f"hf://org/sql@{COMMIT}"]
+        logged = [vars(record)["source"] for record in caplog.records if record.name == "service.api.registration"]
+        assert logged == [f"hf://org/sql@{COMMIT}"]
 
     @pytest.mark.parametrize("source", ["hf://other/sql", "hf://orgx/sql"])
     def test_repositories_that_are_not_allowed_are_not_asked_for(

@@ -14,7 +14,7 @@ from service.api.errors import ApiError
 from service.api.hub import fetch_from_hub
 from service.api.hub_ids import HubRepo
 from service.api.source_errors import SourceNotFound
-from tests.fake_hub import COMMIT, FakeHub
+from tests.fake_hub import COMMIT, FakeHub, FakeRepo
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 200_000}
 OTHER_COMMIT = "f" * 40
@@ -154,6 +154,18 @@ def test_a_hub_that_fails_or_cannot_be_reached(hub: FakeHub, adapter: Path, stag
     assert "answers 500" in refused("adapter_unavailable", staged)
     hub.close()
     assert "cannot be reached" in refused("adapter_unavailable", staged)
+
+
+def test_a_file_that_is_gone_when_it_is_asked_for(hub: FakeHub, adapter: Path, staged: Path) -> None:
+    repo = hub.add("org/sql", adapter)
+    hub.before_answer = lambda path: "/resolve/" in path and repo.files.clear()
+    assert "answers 404" in refused("adapter_unavailable", staged)
+
+
+def test_an_answer_that_is_no_json(hub: FakeHub, staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fake_hub.json.dumps", lambda body: "<html>")
+    hub.repos["org/sql"] = FakeRepo({})
+    assert "cannot be read" in refused("adapter_unavailable", staged)
 
 
 def test_an_adapter_too_large_is_not_asked_for(hub: FakeHub, adapter: Path, staged: Path) -> None:
