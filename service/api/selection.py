@@ -17,8 +17,8 @@ def resolve(state: ServerState, tenant: str, spec: SelectionSpec) -> Selection:
     """The selection that a request asks for, or the tenant's active adapter, or the base model.
 
     Reads the store, and waits for the network where unknown names are looked up: not for the event loop. Raises
-    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what AdapterResolver.resolve
-    does for a name that is looked up.
+    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what the resolver raises
+    for a name that is looked up.
     """
     if spec.names is None:
         return _active(state, tenant, spec.mode)
