@@ -15,7 +15,18 @@ from service.api.errors import install_error_handlers
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
-from service.api.routes import activation, adapters, chat, completions, docs, generate, health, models, parameters
+from service.api.routes import (
+    activation,
+    adapters,
+    chat,
+    completions,
+    docs,
+    generate,
+    health,
+    lora,
+    models,
+    parameters,
+)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -27,6 +38,7 @@ _API_ROUTERS = (
     adapters.router,
     activation.router,
     parameters.router,
+    lora.router,
 )
 
 # Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.
