@@ -25,6 +25,7 @@ from service.api.routes import (
     docs,
     generate,
     health,
+    lora,
     lorax,
     models,
     parameters,
@@ -42,6 +43,7 @@ _API_ROUTERS = (
     adapters.router,
     activation.router,
     parameters.router,
+    lora.router,
     tokenize.router,
 )
 

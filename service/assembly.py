@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +12,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from adapters.errors import AdapterError, AdapterNotFound, CheckpointError
+from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
-from adapters.store import AdapterStore, digest_of
+from adapters.store import AdapterStore
+from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
 from service.api.deps import ApiSettings, BaseInfo, ServerState
+from service.api.errors import ApiError
 from service.api.guidance import Guidance
-from service.api.sources import OPTIONAL_FILES, REQUIRED_FILES
+from service.api.hub_ids import HubPattern, HubTemplate
+from service.api.registration import SHARED, register_unless_known
+from service.api.resolver import AdapterResolver, DirectorySource, HubSource, NameSource
+from service.api.sources import fetch_own_source
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
 from service.engine.seam import Engine
@@ -28,8 +32,6 @@ from service.setting_kinds import AdapterSource
 from service.settings import Settings, SettingsError, load_api_keys
 
 log = logging.getLogger(__name__)
-
-_SHARED = ""  # the tenant of adapters registered at start
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +68,8 @@ def build_server(settings: Settings) -> Server:
         registry = AdapterRegistry(
             store, base.adapted, base.identity, factor_budget=settings.adapter_memory, device=base.device
         )
-        register_all(registry, settings.adapter)
+        register_all(registry, settings)
+        watcher = _watcher(registry, settings)
         engine = in_own_thread(threads, partial(build_engine, base, registry, _engine_options(settings))).start()
         compute_with(1)  # as the engine's thread was not: what computes from here on does so alone
         opened.callback(engine.stop)
@@ -79,48 +82,62 @@ def build_server(settings: Settings) -> Server:
             base=_base_info(base, engine.kv_backend),
             metrics=PrometheusMetrics(engine, registry, store),
             guidance=Guidance(base.tokenizer.underlying, base.vocabulary, base.eos_token_ids),
+            resolver=_resolver(registry, settings),
         )
+        if watcher is not None:
+            watcher.start()
+            opened.callback(watcher.stop)
         return Server(state, opened.pop_all())
 
 
-def register_all(registry: AdapterRegistry, sources: tuple[AdapterSource, ...]) -> None:
+def register_all(registry: AdapterRegistry, settings: Settings) -> None:
     """Checks every adapter of the store, then registers those of the settings.
 
     Raises SettingsError for one of the settings that cannot be served; a stored one is only FAILED.
     """
     failed = registry.check_stored()
-    log.info("checked the stored adapters", extra={"adapters": registry.store.count(_SHARED), "failed": failed})
-    for source in sources:
+    log.info("checked the stored adapters", extra={"adapters": registry.store.count(SHARED), "failed": failed})
+    for adapter in settings.adapter:
         try:
-            _register(registry, source)
-        except AdapterError as error:
-            reason = f"({error.code}): {error.message}" if isinstance(error, CheckpointError) else f": {error.message}"
-            raise SettingsError(f"the adapter {source.name!r} in {source.source} is refused {reason}") from error
+            _register(registry, adapter, settings)
+        except (AdapterError, ApiError) as error:
+            raise SettingsError(
+                f"the adapter {adapter.name!r} in {adapter.source} is refused ({error.code}): {error.message}"
+            ) from error
 
 
-def _register(registry: AdapterRegistry, source: AdapterSource) -> None:
+def _register(registry: AdapterRegistry, adapter: AdapterSource, settings: Settings) -> None:
     """Registers one adapter, unless the name has a version with these files: a rollback outlives a restart."""
-    directory = Path(source.source).expanduser()
-    if not directory.is_dir():
-        raise SettingsError(f"the adapter {source.name!r} is to come from {directory}, which is not a directory")
     with registry.store.staging() as staged:
-        for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, staged / name)
-        digest = _known_digest(registry.store, source.name, staged)
-        if digest is None:
-            digest = registry.register(_SHARED, source.name, staged, replace=True).digest
-            log.info("registered an adapter", extra={"adapter": source.name, "digest": digest})
+        source = fetch_own_source(
+            adapter.source, staged, max_bytes=settings.max_upload, timeout_s=settings.source_timeout_s
+        )
+        digest = register_unless_known(registry, adapter.name, staged, source=source)
     status = registry.status(digest)
     if status.state is AdapterState.FAILED:
-        raise SettingsError(f"the adapter {source.name!r} in {directory} cannot be served here: {status.reason}")
+        raise SettingsError(f"the adapter {adapter.name!r} in {source} cannot be served here: {status.reason}")
 
 
-def _known_digest(store: AdapterStore, name: str, staged: Path) -> str | None:
-    try:
-        return store.version(_SHARED, name, digest_of(staged)).digest
-    except AdapterNotFound:
+def _watcher(registry: AdapterRegistry, settings: Settings) -> AdaptersDirectoryWatcher | None:
+    """What watches --adapters-dir, once its adapters are registered. Raises SettingsError if it is no directory."""
+    if settings.adapters_dir is None:
         return None
+    if not settings.adapters_dir.is_dir():
+        raise SettingsError(f"adapters_dir is {settings.adapters_dir}, which is not a directory")
+    directory = AdaptersDirectory(registry, settings.adapters_dir, max_bytes=settings.max_upload)
+    directory.scan()
+    return AdaptersDirectoryWatcher(directory, settings.adapters_dir_interval_s)
+
+
+def _resolver(registry: AdapterRegistry, settings: Settings) -> AdapterResolver | None:
+    sources = [_name_source(source, settings) for source in settings.resolve]
+    return AdapterResolver(registry, sources) if sources else None
+
+
+def _name_source(source: Path | str, settings: Settings) -> NameSource:
+    if isinstance(source, Path):
+        return DirectorySource(source, settings.max_upload)
+    return HubSource(HubTemplate.parse(source), settings.max_upload, settings.source_timeout_s)
 
 
 def _load_base(settings: Settings) -> LoadedBase:
@@ -160,7 +177,9 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         upload_timeout_s=settings.upload_timeout_s,
         request_timeout_s=settings.request_timeout_s,
         default_max_tokens=settings.default_max_tokens,
-        allow_source=settings.allow_source,
+        allow_source=tuple(source for source in settings.allow_source if isinstance(source, Path)),
+        allow_hub=tuple(HubPattern.parse(source) for source in settings.allow_source if isinstance(source, str)),
+        source_timeout_s=settings.source_timeout_s,
         api_keys=api_keys,
         metrics_public=settings.metrics_public,
         cors_origins=settings.cors_origin,

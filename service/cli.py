@@ -17,10 +17,20 @@ from service import __version__
 from service.commands import CommandError
 from service.engine.errors import EngineError
 from service.logs import printable
-from service.settings import DEBUG_VARIABLE, SETTINGS, Setting, Settings, SettingsError, load_settings
+from service.settings import (
+    API_KEY_VARIABLE,
+    DEBUG_VARIABLE,
+    SETTINGS,
+    Setting,
+    Settings,
+    SettingsError,
+    load_api_key,
+    load_settings,
+)
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 DEMO_SETTINGS = ("host", "port", "device", "data_dir", "log_format", "log_level")
+MOST_PARALLEL = 64
 
 _REPORT_A_BUG = f"this is a bug in vblora-serve; set {DEBUG_VARIABLE}=1 for the traceback, and report it"
 
@@ -84,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="validate an adapter and print its parameter count"))
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
+    _add_push(commands.add_parser("push", help="upload many adapters to a server"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
     return parser
 
@@ -139,6 +150,23 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=["topk", "logits"], help="topk is the compact one")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
     parser.set_defaults(run=_export)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Upload adapters to a server, those that it does not have already. Each is called as its directory. "
+        f"The API key, if the server asks for one, comes from {API_KEY_VARIABLE} or --api-key-file."
+    )
+    parser.add_argument(
+        "directories", type=Path, nargs="+", metavar="DIR", help="an adapter's directory, or one that holds some"
+    )
+    parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
+    parser.add_argument("--name", help="what to call the adapter, if there is only one")
+    parser.add_argument("--replace", action="store_true", help="make a new version where the server has other files")
+    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="uploads at a time (default: 4)")
+    parser.add_argument("--api-key-file", type=Path, metavar="PATH", help="a file whose first line is the API key")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_push)
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -203,6 +231,25 @@ def _export(args: argparse.Namespace) -> int:
     from service.commands import export
 
     return export.run(args.directory, format=args.format, output=args.output)
+
+
+def _push(args: argparse.Namespace) -> int:
+    if not args.url.startswith(("http://", "https://")):
+        raise UsageError(f"--url is {args.url!r}; give the server's address, such as http://127.0.0.1:8000")
+    if not 1 <= args.parallel <= MOST_PARALLEL:
+        raise UsageError(f"--parallel is {args.parallel}; give a number from 1 to {MOST_PARALLEL}")
+    from service.commands import push
+
+    options = push.PushOptions(
+        directories=tuple(args.directories),
+        url=args.url,
+        name=args.name,
+        replace=args.replace,
+        parallel=args.parallel,
+        api_key=load_api_key(args.api_key_file),
+        as_json=args.json,
+    )
+    return push.run(options)
 
 
 def _settings_doc(args: argparse.Namespace) -> int:

@@ -15,12 +15,16 @@ _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", sta
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?|[a-z]+://\[[0-9a-f:]+\](:\d{1,5})?", re.IGNORECASE)
 _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
+_DIRECTORY = "dir:"
+_HUB_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_HUB_PATTERN = re.compile(rf"hf://(\*|{_HUB_WORD}/(\*|{_HUB_WORD}))")
+_HUB_TEMPLATE = re.compile(rf"hf://{_HUB_WORD}/[A-Za-z0-9._-]*\*[A-Za-z0-9._-]*")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter to register at start: its name, and the directory that holds it."""
+    """An adapter to register at start: its name, and the directory or the repository of the Hub that holds it."""
 
     name: str
     source: str
@@ -106,6 +110,30 @@ def _boolean(text: str) -> bool:
     return _BOOLEANS[text.lower()]
 
 
+def _allowed_source(text: str) -> Path | str:
+    """A directory, or a pattern of repositories of the Hub."""
+    if "://" not in text:
+        return _path(text)
+    return _matching(_HUB_PATTERN, text)
+
+
+def _name_source(text: str) -> Path | str:
+    """The directory of `dir:`, or a template of repositories of the Hub."""
+    if text.startswith(_DIRECTORY):
+        return _path(text.removeprefix(_DIRECTORY))
+    return _matching(_HUB_TEMPLATE, text)
+
+
+def _matching(pattern: re.Pattern[str], text: str) -> str:
+    if not pattern.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def _show_name_source(source: Path | str) -> str:
+    return f"{_DIRECTORY}{source}" if isinstance(source, Path) else source
+
+
 def _adapter_source(text: str) -> AdapterSource:
     name, _, source = text.partition("=")
     if not (name and source):
@@ -125,4 +153,11 @@ BYTES = Kind("a number of bytes such as 512MiB, 2GiB or 1000000", _bytes, "SIZE"
 SECONDS = Kind("a number of seconds above 0", _seconds, "SECONDS", (int, float), "{:g}".format)
 BOOLEAN = Kind("true or false", _boolean, "", (bool,), lambda value: str(value).lower())
 ORIGIN = Kind("* or an origin such as https://example.com", _origin, "ORIGIN")
-ADAPTER = Kind("NAME=DIRECTORY", _adapter_source, "NAME=DIR", show=lambda adapter: f"{adapter.name}={adapter.source}")
+ADAPTER = Kind(
+    "NAME=DIRECTORY or NAME=hf://org/repo",
+    _adapter_source,
+    "NAME=SOURCE",
+    show=lambda adapter: f"{adapter.name}={adapter.source}",
+)
+ALLOWED_SOURCE = Kind("a directory, hf://org/repo, hf://org/* or hf://*", _allowed_source, "SOURCE")
+NAME_SOURCE = Kind("dir:DIRECTORY, hf://org/* or hf://org/prefix-*", _name_source, "SOURCE", show=_show_name_source)

@@ -23,8 +23,10 @@ from typing import Any
 
 from service.setting_kinds import (
     ADAPTER,
+    ALLOWED_SOURCE,
     BOOLEAN,
     BYTES,
+    NAME_SOURCE,
     ORIGIN,
     PATH,
     SECONDS,
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 PREFIX = "VBLORA_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 DEBUG_VARIABLE = f"{PREFIX}DEBUG"
+API_KEY_VARIABLE = f"{PREFIX}API_KEY"  # a client's: `vblora-serve push` sends it
 
 # Kubernetes describes every Service to every pod: one called `vblora` becomes VBLORA_PORT=tcp://10.0.0.1:8000.
 _SERVICE_LINK = re.compile(r"\w+_SERVICE_(HOST|PORT)(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PORT|PROTO|ADDR))?")
@@ -119,9 +122,23 @@ class Settings:
     upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
     request_timeout_s: float = _setting(SECONDS, 300.0, "How long a generation may take, waiting included.")
     drain_timeout_s: float = _setting(SECONDS, 30.0, "How long running requests may go on after SIGTERM.")
-    allow_source: tuple[Path, ...] = _setting(
-        PATH, (), "A directory under which adapters may be registered by path over HTTP."
+    source_timeout_s: float = _setting(SECONDS, 60.0, "How long an adapter may take to arrive from the Hub.")
+    allow_source: tuple[Path | str, ...] = _setting(
+        ALLOWED_SOURCE,
+        (),
+        "A directory under which, or repositories of the Hub from which, adapters may be registered over HTTP: "
+        "`/adapters`, `hf://org/repo`, `hf://org/*`, `hf://*`.",
     )
+    resolve: tuple[Path | str, ...] = _setting(
+        NAME_SOURCE,
+        (),
+        "Where an adapter is looked up whose name is asked for and not known: `dir:/adapters`, `hf://org/*`, "
+        "`hf://org/prefix-*`; the name stands in for `*`.",
+    )
+    adapters_dir: Path | None = _setting(
+        PATH, None, "A directory whose sub-directories are adapters: registered at start, and again when they change."
+    )
+    adapters_dir_interval_s: float = _setting(SECONDS, 5.0, "How often --adapters-dir is looked through.")
     api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
     metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
     cors_origin: tuple[str, ...] = _setting(
@@ -213,7 +230,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
         if variable in by_variable:
             setting = by_variable[variable]
             given[setting.name] = _Given(variable, text.split(",") if setting.repeatable else text)
-        elif variable not in (CONFIG_VARIABLE, DEBUG_VARIABLE):
+        elif variable not in (CONFIG_VARIABLE, DEBUG_VARIABLE, API_KEY_VARIABLE):
             raise _unknown(variable, variable, list(by_variable))
     return given
 
@@ -251,6 +268,20 @@ def load_api_keys(path: Path) -> frozenset[str]:
 
     Raises SettingsError for a file that cannot be read or holds no key. The keys themselves are kept nowhere.
     """
+    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in _read_keys(path))
+
+
+def load_api_key(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """A client's key: the first in a file, else VBLORA_API_KEY, else none. Raises SettingsError."""
+    if path is not None:
+        return _read_keys(path)[0]
+    key = environ.get(API_KEY_VARIABLE, "").strip()
+    if not _is_key(key):
+        raise SettingsError(f"{API_KEY_VARIABLE} has characters that no HTTP header carries")
+    return key or None
+
+
+def _read_keys(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         mode = path.stat().st_mode
@@ -259,10 +290,14 @@ def load_api_keys(path: Path) -> frozenset[str]:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise SettingsError(f"the API key file {path} holds no key; write one a line, or leave the setting out")
-    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+    if not all(map(_is_key, keys)):
         raise SettingsError(
             f"a key in {path} has characters that no HTTP header carries; use letters, digits and - . _"
         )
     if mode & 0o077:
         log.warning("the API key file %s can be read by other users; chmod 600 it", path)
-    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+    return keys
+
+
+def _is_key(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text

@@ -6,9 +6,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client, which reads it once
 
+from collections.abc import Iterator
+
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.fake_hub import FakeHub
 
 torch.set_num_threads(1)
 
@@ -22,3 +27,19 @@ settings.load_profile("default")
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub of this test's own, which the Hub's client asks in place of the real one."""
+    fake = FakeHub()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()  # one made before would use another test's proxy settings
+    yield fake
+    huggingface_hub.close_session()
+    fake.close()

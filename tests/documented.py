@@ -157,7 +157,7 @@ def demo_server(data_dir: Path) -> Server:
     """The demo's base model with the demo's adapters registered, as the documents assume."""
     adapters = [f"--adapter={path.name}={path}" for path in sorted((ASSETS / "adapters").iterdir())]
     base = ("--model", str(ASSETS / "base"), "--served-model-name", "vblora-demo-base")
-    return Server("serve", *base, *adapters, data_dir=data_dir)
+    return Server("serve", *base, *adapters, "--allow-source", str(ASSETS / "adapters"), data_dir=data_dir)
 
 
 def workplace(folder: Path) -> Path:

@@ -14,9 +14,17 @@ refers to, never a row without its files. The next start sweeps those files up.
 No torch here: the store opens in milliseconds.
 """
 
-from adapters.store.files import digest_of
+from adapters.store.files import digest_of, digest_of_files
 from adapters.store.names import check_name
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion
 from adapters.store.store import AdapterStore
 
-__all__ = ["Activation", "AdapterRecord", "AdapterStore", "AdapterVersion", "check_name", "digest_of"]
+__all__ = [
+    "Activation",
+    "AdapterRecord",
+    "AdapterStore",
+    "AdapterVersion",
+    "check_name",
+    "digest_of",
+    "digest_of_files",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,19 +37,26 @@ def regular_files(directory: Path) -> list[Path]:
 
 
 def digest_of(directory: Path) -> str:
-    """An adapter's identity, "sha256:<64 hex>".
+    """An adapter's identity, "sha256:<64 hex>": `digest_of_files` of a flat directory's files.
+
+    Raises UnsupportedCheckpoint for anything but plain files, StoreError for a file that changes while it is read.
+    """
+    return digest_of_files({path.name: path for path in regular_files(directory)})
+
+
+def digest_of_files(files: Mapping[str, Path]) -> str:
+    """The digest that a directory of these files, by their names in it, would have.
 
     The hash runs over the files in order of their names' UTF-8 bytes, each written as
 
         length of name (8 bytes, big endian) · name (UTF-8) · length of file (8 bytes, big endian) · its bytes
 
-    so that no two directories share an encoding. Modes and times do not count. Raises UnsupportedCheckpoint for
-    anything but plain files, StoreError for a file that changes while it is read.
+    so that no two directories share an encoding. Modes and times do not count. Raises StoreError for a file that
+    changes while it is read.
     """
     digest = hashlib.sha256()
-    for path in regular_files(directory):
-        name = path.name.encode()
-        digest.update(len(name).to_bytes(8, "big") + name)
+    for name, path in sorted(files.items(), key=lambda file: file[0].encode()):
+        digest.update(len(name.encode()).to_bytes(8, "big") + name.encode())
         _update_with_file(digest, path)
     return f"sha256:{digest.hexdigest()}"
 

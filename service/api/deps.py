@@ -14,10 +14,13 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.targets import BaseModules
 from service.api.guidance import Guidance
+from service.api.hub_ids import HubPattern
+from service.api.resolver import AdapterResolver
 from service.engine.seam import Engine
 from service.engine.selection import BASE, Selection
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
+_FETCHES_AT_ONCE = 8  # each may wait long for a network: not in the threads that all requests share
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class ApiSettings:
     `base_names` are the names that mean the base model, `served_model_name` among them. `max_upload_bytes` bounds the
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
     `request_timeout_s` bounds generation; a request may ask for less. `default_max_tokens` bounds the answers of chats
-    that name no bound. `api_keys` are SHA-256 digests in hex
+    that name no bound. Adapters may be read from the directories in `allow_source` and the repositories that
+    `allow_hub` covers, within `source_timeout_s` from the Hub. `api_keys` are SHA-256 digests in hex
     (`service.api.middleware.auth.hash_key`); without any, no key is asked for. With `log_prompts` the access log gets
     prompts and outputs.
     """
@@ -41,6 +45,8 @@ class ApiSettings:
     request_timeout_s: float | None = None
     default_max_tokens: int = 1024
     allow_source: tuple[Path, ...] = ()
+    allow_hub: tuple[HubPattern, ...] = ()
+    source_timeout_s: float = 60.0
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
     cors_origins: tuple[str, ...] = ()
@@ -152,7 +158,11 @@ class Metrics(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerState:
-    """Everything that a request may need. `registering` bounds how many uploads are checked at once."""
+    """Everything that a request may need.
+
+    `registering` bounds how many uploads are checked at once, `fetching` how many sources are read for requests.
+    `resolver` looks unknown names up, if the server is to.
+    """
 
     settings: ApiSettings
     store: AdapterStore
@@ -162,7 +172,9 @@ class ServerState:
     base: BaseInfo
     metrics: Metrics
     guidance: Guidance
+    resolver: AdapterResolver | None = None
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
+    fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
 
 
 async def server_state(request: Request) -> ServerState:

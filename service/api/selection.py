@@ -7,14 +7,18 @@ from collections.abc import Iterable
 
 from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection
 from adapters.registry import AdapterState
+from adapters.store import AdapterRecord
 from service.api.deps import ServerState
+from service.api.registration import SHARED
 from service.engine.selection import Mode, SelectedAdapter, Selection, SelectionSpec, WeightedName
 
 
 def resolve(state: ServerState, tenant: str, spec: SelectionSpec) -> Selection:
-    """The selection that a request asks for, or the tenant's active adapter, or the base model. Reads the store.
+    """The selection that a request asks for, or the tenant's active adapter, or the base model.
 
-    Raises AdapterNotFound (never the base model instead), AdapterUnavailable or InvalidSelection.
+    Reads the store, and waits for the network where unknown names are looked up: not for the event loop. Raises
+    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what the resolver raises
+    for a name that is looked up.
     """
     if spec.names is None:
         return _active(state, tenant, spec.mode)
@@ -43,7 +47,8 @@ def _find(state: ServerState, tenant: str, wanted: WeightedName) -> SelectedAdap
         raise InvalidSelection(
             f"{name!r} is the base model, which has no delta to blend and no versions; leave it out", subject="adapters"
         )
-    version = state.store.version(tenant, name, digest_prefix)
+    record = _record(state, tenant, name)
+    version = record.version(digest_prefix or record.digest)
     status = state.registry.status(version.digest)
     if status.state is AdapterState.FAILED:
         raise AdapterUnavailable(
@@ -51,6 +56,17 @@ def _find(state: ServerState, tenant: str, wanted: WeightedName) -> SelectedAdap
             subject=name,
         )
     return SelectedAdapter(name, version.digest, wanted.weight)
+
+
+def _record(state: ServerState, tenant: str, name: str) -> AdapterRecord:
+    """The tenant's adapter of that name. One that nobody has yet is looked up, if the server looks adapters up."""
+    try:
+        return state.store.get(tenant, name)
+    except AdapterNotFound:
+        if state.resolver is None:
+            raise
+    state.resolver.resolve(name)
+    return state.store.get(SHARED, name)
 
 
 def _merged(adapters: Iterable[SelectedAdapter]) -> tuple[SelectedAdapter, ...]:

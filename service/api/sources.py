@@ -1,85 +1,78 @@
-"""An adapter that is on the server's own disk already, copied from a directory that the operator allows."""
+"""An adapter that a request or a setting names by its source: a directory of the server, or a repository of the Hub."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import stat
-from collections.abc import Collection
+import sys
 from pathlib import Path
 
-from adapters.config import CONFIG_FILE
-from adapters.safetensors_header import WEIGHTS_FILE
+from service.api.deps import ApiSettings
+from service.api.directories import copy_directory
 from service.api.errors import ApiError
-
-REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-OPTIONAL_FILES = ("chat_template.jinja",)
+from service.api.hub import fetch_from_hub
+from service.api.hub_ids import SCHEME, HubRepo
+from service.api.source_errors import bad_source
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_CHUNK = 1 << 20
 
 
-def copy_source(source: str, staged: Path, *, allowed: Collection[Path], max_bytes: int) -> None:
-    """Copies the adapter's files from the directory `source` into `staged`. Blocks on the disk.
+def fetch_source(source: str, staged: Path, settings: ApiSettings) -> str:
+    """Stages the adapter that a client names, where the operator allows it; where it came from, commit included.
 
-    The directory, its links resolved, must lie in one of `allowed`. Links among its files are not followed. Raises
-    ApiError: `forbidden` outside of what is allowed, `payload_too_large`, else `invalid_request`.
+    Links to a directory are resolved before it is asked whether it lies in an allowed one; links among its files are
+    not followed. Blocks on the disk or the network. Raises ApiError: `forbidden` outside of what is allowed, else as
+    `copy_directory` and `fetch_from_hub` say.
     """
-    directory = _allowed(source, allowed)
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise _bad_source(f"{source!r} is not a directory that the server can read: {error.strerror}") from error
-    try:
-        for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
-            max_bytes -= _copy_file(descriptor, name, staged / name, max_bytes)
-    finally:
-        os.close(descriptor)
+    if source.startswith(SCHEME):
+        repo = _allowed_repo(source, settings)
+        return str(
+            fetch_from_hub(repo, staged, max_bytes=settings.max_upload_bytes, timeout_s=settings.source_timeout_s)
+        )
+    directory = _allowed_directory(source, settings)
+    copy_directory(directory, staged, max_bytes=settings.max_upload_bytes)
+    return str(directory)
 
 
-def _allowed(source: str, allowed: Collection[Path]) -> Path:
+def fetch_own_source(source: str, staged: Path, *, max_bytes: int, timeout_s: float) -> str:
+    """Stages the adapter that the operator names: nobody need allow it, and links are followed.
+
+    A directory may be of any size; `max_bytes` bounds what is downloaded. Raises ApiError.
+    """
+    if source.startswith(SCHEME):
+        return str(fetch_from_hub(_repo(source), staged, max_bytes=max_bytes, timeout_s=timeout_s))
+    directory = Path(source).expanduser()
+    copy_directory(directory, staged, max_bytes=sys.maxsize, follow_links=True)
+    return str(directory)
+
+
+def _allowed_repo(source: str, settings: ApiSettings) -> HubRepo:
+    repo = _repo(source)
+    if any(pattern.covers(repo) for pattern in settings.allow_hub):
+        return repo
+    raise _forbidden(source, f"start it with --allow-source {SCHEME}{repo.org}/*")
+
+
+def _repo(source: str) -> HubRepo:
+    try:
+        return HubRepo.parse(source)
+    except ValueError as error:
+        raise bad_source(str(error)) from error
+
+
+def _allowed_directory(source: str, settings: ApiSettings) -> Path:
     if match := _URL.match(source):
-        raise _bad_source(
-            f"sources at {match[0]} are not supported by this version: download the adapter, and upload its files"
+        raise bad_source(
+            f"sources at {match[0]} are not supported: give hf://org/repo, or download the adapter and upload its files"
         )
     if "\0" in source or not os.path.isabs(source):
-        raise _bad_source(f"{source!r} is not an absolute path: give the adapter's directory on the server")
+        raise bad_source(f"{source!r} is not an absolute path: give the adapter's directory on the server")
     directory = Path(os.path.realpath(source))
-    if any(directory.is_relative_to(os.path.realpath(root)) for root in allowed):
+    if any(directory.is_relative_to(os.path.realpath(root)) for root in settings.allow_source):
         return directory
-    raise ApiError(
-        "forbidden",
-        f"the server may not read adapters from {source!r}: upload the files, or start it with --allow-source and a "
-        "directory that holds them",
-        param="source",
-    )
+    raise _forbidden(source, "start it with --allow-source and a directory that holds them")
 
 
-def _copy_file(directory: int, name: str, target: Path, room: int) -> int:
-    """Copies one plain file; the bytes copied. An optional file that is not there is none."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-    except FileNotFoundError:
-        if name in OPTIONAL_FILES:
-            return 0
-        raise _bad_source(f"the directory has no {name}: give a PEFT adapter's directory") from None
-    except OSError as error:
-        raise _bad_source(f"{name} cannot be read (symbolic links are not followed): {error.strerror}") from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _bad_source(f"{name} is not a plain file: copy the adapter into a directory of plain files")
-        if status.st_size > room:
-            raise ApiError(
-                "payload_too_large",
-                f"{name} takes {status.st_size:,} bytes: more than --max-upload allows for an adapter",
-                param="source",
-            )
-        with open(target, "xb") as copy:
-            shutil.copyfileobj(file, copy, _CHUNK)
-        return status.st_size
-
-
-def _bad_source(message: str) -> ApiError:
-    return ApiError("invalid_request", message, param="source")
+def _forbidden(source: str, otherwise: str) -> ApiError:
+    message = f"the server may not read adapters from {source!r}: upload the files, or {otherwise}"
+    return ApiError("forbidden", message, param="source")

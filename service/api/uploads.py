@@ -14,9 +14,8 @@ from pathlib import Path
 from anyio import to_thread
 from fastapi import Request
 
-from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES
-from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.store import check_name
+from service.api.adapter_files import FILE_PARTS, MOST_BYTES
 from service.api.errors import ApiError
 from service.api.multipart import FormReader, Part
 from service.engine.selection import Mode
@@ -28,10 +27,14 @@ _ACTIVATE = {"": None, "false": None, "true": Mode.SWITCH, "switch": Mode.SWITCH
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What was asked besides storing the files. `activate` None: leave the active adapter as it is."""
+    """What was asked besides storing the files. `activate` None: leave the active adapter as it is.
+
+    `source` is where the files were fetched from, None if they came with the request.
+    """
 
     name: str
     activate: Mode | None
+    source: str | None = None
 
 
 async def receive_form(request: Request, staged: Path, reserved: Collection[str]) -> Upload:
@@ -67,12 +70,12 @@ class _UploadForm:
                 return _TextPart(name, self._take_name)
             case "activate":
                 return _TextPart(name, self._take_activate)
-            case "config":
-                return _FilePart(name, self._staged / CONFIG_FILE, MAX_CONFIG_BYTES)
-            case "weights":
-                return _FilePart(name, self._staged / WEIGHTS_FILE, None)
+        if name in FILE_PARTS:
+            file = FILE_PARTS[name]
+            return _FilePart(name, self._staged / file, MOST_BYTES.get(file))
         shown = name[:80]
-        raise _bad_part(f"the form has an unknown part {shown!r}: it takes name, config, weights and activate", shown)
+        parts = ", ".join(("name", *FILE_PARTS))
+        raise _bad_part(f"the form has an unknown part {shown!r}: it takes {parts} and activate", shown)
 
     def finish(self) -> Upload:
         if missing := [name for name in REQUIRED_PARTS if name not in self._seen]:
@@ -111,22 +114,22 @@ class _TextPart:
 
 
 class _FilePart:
-    """A file of the staging directory."""
+    """A staged file. `limit` is the most bytes that it may take, None if only the whole is bounded."""
 
     def __init__(self, name: str, path: Path, limit: int | None) -> None:
         self._name = name
-        self._room = limit
+        self._limit = limit
+        self._received = 0
         self._file = open(path, "xb")  # noqa: SIM115 - its end is another call's
 
     def write(self, data: bytes) -> None:
-        if self._room is not None:
-            self._room -= len(data)
-            if self._room < 0:
-                raise ApiError(
-                    "payload_too_large",
-                    f"{self._name!r} is larger than {MAX_CONFIG_BYTES:,} bytes: no adapter_config.json is",
-                    param=self._name,
-                )
+        self._received += len(data)
+        if self._limit is not None and self._received > self._limit:
+            raise ApiError(
+                "payload_too_large",
+                f"{self._name!r} is larger than the {self._limit:,} bytes that it may take",
+                param=self._name,
+            )
         self._file.write(data)
 
     def complete(self) -> None:

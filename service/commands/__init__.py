@@ -1,4 +1,4 @@
-"""What each subcommand of `vblora-serve` does. They import torch: `service.cli` imports one only to run it."""
+"""What each subcommand of `vblora-serve` does. Most import torch: `service.cli` imports one only to run it."""
 
 from __future__ import annotations
 

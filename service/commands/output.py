@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from adapters.parameters import ParameterCount
-from adapters.targets import LayerShape
 from service.logs import printable
+
+if TYPE_CHECKING:  # both import torch, which not every command needs
+    from adapters.parameters import ParameterCount
+    from adapters.targets import LayerShape
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -160,7 +160,6 @@ def test_the_last_message_is_continued(server: Server) -> None:
 
 def test_an_adapters_own_template_is_used(server: Server) -> None:
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<{{ style or 'me' }}>"
-    server.upload("own")
     bring_template(server, "own", template)
     server.upload("plain", "two")
     chat(server, model="own", chat_template_kwargs={"style": "you"})
@@ -169,21 +168,26 @@ def test_an_adapters_own_template_is_used(server: Server) -> None:
     assert prompt_of(server) == PROMPT
     chat(server, model="own:0.5+plain:0.5")
     assert prompt_of(server) == "<user>hi<me>", "the one template that a blend's adapters bring"
-    server.upload("other", "logits")
-    bring_template(server, "other", "{{ messages[0].content }}")
+    bring_template(server, "other", "{{ messages[0].content }}", "logits", as_config=True)
+    chat(server, model="other")
+    assert prompt_of(server) == "hi"
     error = error_of(chat(server, model="own+other"), 400, "invalid_request")
     assert "different chat templates" in error["message"]
 
 
-def bring_template(server: Server, name: str, template: str) -> None:
-    (server.store.path(server.digest(name)) / "chat_template.jinja").write_text(template)
+def bring_template(server: Server, name: str, template: str, adapter: str = "one", *, as_config: bool = False) -> None:
+    """Uploads an adapter with a chat template of its own."""
+    config = json.dumps({"chat_template": [{"name": "default", "template": template}]})
+    part = {"tokenizer_config": config.encode()} if as_config else {"chat_template": template.encode()}
+    files = {**server.form(adapter), **part}
+    response = server.client.post("/v1/adapters?replace=true", data={"name": name}, files=files)
+    assert response.status_code == 201, response.text
 
 
 def test_no_template_at_all_is_said(server: Server) -> None:
     server.state.tokenizer.underlying.chat_template = None  # type: ignore[attr-defined]
     error = error_of(chat(server), 400, "invalid_request")
     assert "/v1/completions" in error["message"]
-    server.upload("own")
     bring_template(server, "own", "{{ messages[0].content }}!")
     assert chat(server, model="own").status_code == 200
     assert prompt_of(server) == "hi!"
@@ -200,7 +204,6 @@ def test_no_template_at_all_is_said(server: Server) -> None:
     ],
 )
 def test_a_template_that_refuses_says_why(server: Server, template: str, reason: str) -> None:
-    server.upload("own")
     bring_template(server, "own", template)
     error = error_of(chat(server, model="own"), 400, "invalid_request")
     assert reason in error["message"]
@@ -328,7 +331,6 @@ def test_templates_see_the_tools_and_the_calls_made(server: Server) -> None:
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.town }};{% endfor %}"
         "{{ m.role }}={{ m.content }}|{% endfor %}"
     )
-    server.upload("own")
     bring_template(server, "own", template)
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
     turns = [
@@ -366,7 +368,6 @@ TWO = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
 
 
 def free_call(server: Server, script: str, **fields: Any) -> httpx.Response:
-    server.upload("tagged")
     bring_template(server, "tagged", TAGGED)
     server.engine.script = script
     return chat(server, model="tagged", tools=[WEATHER, CLOCK], **fields)

@@ -1,7 +1,8 @@
-"""POST /v1/adapters with JSON: adapters that are on the server's disk, where the operator allows it."""
+"""POST /v1/adapters with JSON: adapters from the server's disk or from the Hub, where the operator allows it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from service.api.hub_ids import HubPattern
 from tests.api.conftest import Server, error_of
+from tests.fake_hub import COMMIT, FakeHub
 
 
 @pytest.fixture
@@ -39,10 +42,19 @@ def test_a_directory_is_taken_in_like_an_upload(server: Server, root: Path) -> N
     assert (root / "sql" / "adapter_config.json").exists()
 
 
-def test_a_chat_template_comes_along(server: Server, root: Path) -> None:
+def test_the_files_of_the_chat_come_along(server: Server, root: Path) -> None:
     (root / "sql" / "chat_template.jinja").write_text("{{ messages }}")
+    (root / "sql" / "tokenizer_config.json").write_text("{}")
     load(server, root / "sql")
-    assert (server.store.path(server.digest("sql")) / "chat_template.jinja").read_text() == "{{ messages }}"
+    stored = server.store.path(server.digest("sql"))
+    assert (stored / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (stored / "tokenizer_config.json").read_text() == "{}"
+
+
+def test_an_optional_file_too_large_is_refused(server: Server, root: Path) -> None:
+    (root / "sql" / "tokenizer_config.json").write_bytes(b" " * (1 << 20) + b"{}")
+    assert "tokenizer_config.json" in error_of(load(server, root / "sql"), 413, "payload_too_large")["message"]
+    server.assert_nothing_left()
 
 
 @pytest.mark.parametrize(("activate", "mode"), [(True, "switch"), ("merge", "merge"), (False, None)])
@@ -98,11 +110,53 @@ def test_files_too_large_are_refused(make_server: Callable[..., Server], root: P
     server.assert_nothing_left()
 
 
-@pytest.mark.parametrize("source", ["hf://org/repo", "s3://bucket/key", "https://example.com/x"])
-def test_remote_sources_are_not_supported_yet(server: Server, source: str) -> None:
+@pytest.mark.parametrize("source", ["s3://bucket/key", "https://example.com/x"])
+def test_other_remote_sources_are_not_supported(server: Server, source: str) -> None:
     error = error_of(load(server, source), 400, "invalid_request")
     assert error["param"] == "source"
-    assert "not supported" in error["message"]
+    assert "not supported: give hf://org/repo" in error["message"]
+
+
+class TestHub:
+    @pytest.fixture
+    def server(self, make_server: Callable[..., Server]) -> Server:
+        return make_server(allow_hub=(HubPattern.parse("hf://org/*"),))
+
+    def test_a_repository_is_taken_in_like_an_upload(
+        self, server: Server, hub: FakeHub, adapter_dirs: dict[str, Path], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        hub.add("org/sql", adapter_dirs["one"])
+        with caplog.at_level(logging.INFO, "service.api.registration"):
+            response = load(server, "hf://org/sql@main", activate=True)
+        assert (response.status_code, response.json()["active"]) == (201, True)
+        server.upload("uploaded")
+        assert response.json()["digest"] == server.digest("uploaded")
+        logged = [vars(record)["source"] for record in caplog.records if record.name == "service.api.registration"]
+        assert logged == [f"hf://org/sql@{COMMIT}"]
+
+    @pytest.mark.parametrize("source", ["hf://other/sql", "hf://orgx/sql"])
+    def test_repositories_that_are_not_allowed_are_not_asked_for(
+        self, server: Server, hub: FakeHub, adapter_dirs: dict[str, Path], source: str
+    ) -> None:
+        hub.add(source[5:], adapter_dirs["one"])
+        assert "--allow-source" in error_of(load(server, source), 403, "forbidden")["message"]
+        assert hub.requests == []
+
+    @pytest.mark.parametrize("source", ["hf://org", "hf://org/a/b", "hf://org/..", "hf://org/x@", "hf://"])
+    def test_what_is_no_repository_is_refused(self, server: Server, hub: FakeHub, source: str) -> None:
+        assert error_of(load(server, source), 400, "invalid_request")["param"] == "source"
+        assert hub.requests == []
+
+    def test_what_fails_leaves_nothing(self, server: Server, hub: FakeHub, adapter_dirs: dict[str, Path]) -> None:
+        error_of(load(server, "hf://org/none"), 400, "invalid_request")
+        repo = hub.add("org/sql", adapter_dirs["one"], declared={"adapter_model.safetensors": 1 << 20})
+        error_of(load(server, "hf://org/sql"), 503, "adapter_unavailable")
+        repo.declared = {}
+        repo.files["adapter_model.safetensors"] = b"PK\x03\x04"
+        error_of(load(server, "hf://org/sql"), 415, "unsupported_checkpoint")
+        repo.gated = True
+        error_of(load(server, "hf://org/sql"), 403, "forbidden")
+        server.assert_nothing_left()
 
 
 @pytest.mark.parametrize("source", ["sql", "", "{root}/nothing", "{root}/sql/adapter_config.json", "{root}", "\0"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from service.api.chat_files import chat_template_of
 from tests.api.asgi import exchange
 from tests.api.conftest import Server, error_of
 
@@ -180,6 +181,40 @@ def test_a_config_too_large_is_refused(server: Server) -> None:
     form = {**server.form(), "config": b" " * (1 << 20) + b"{}"}
     response = server.client.post("/v1/adapters", data={"name": "sql"}, files=form)
     assert error_of(response, 413, "payload_too_large")["param"] == "config"
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "file"),
+    [
+        ("tokenizer_config", b'{"chat_template": "x"}', "tokenizer_config.json"),
+        ("chat_template", b"x", "chat_template.jinja"),
+    ],
+)
+def test_the_files_of_the_chat_are_stored_and_count(server: Server, part: str, content: bytes, file: str) -> None:
+    server.upload("plain")
+    response = server.client.post("/v1/adapters", data={"name": "chatty"}, files={**server.form(), part: content})
+    assert response.status_code == 201
+    stored = server.store.path(response.json()["digest"])
+    assert (stored / file).read_bytes() == content
+    assert chat_template_of(stored) == "x"
+    assert response.json()["digest"] != server.digest("plain")
+
+
+@pytest.mark.parametrize(
+    ("part", "content"), [("tokenizer_config", b"[]"), ("tokenizer_config", b"{"), ("chat_template", b"{% if %}")]
+)
+def test_files_of_the_chat_that_cannot_be_used_are_refused(server: Server, part: str, content: bytes) -> None:
+    response = server.client.post("/v1/adapters", data={"name": "sql"}, files={**server.form(), part: content})
+    error_of(response, 422, "bad_config")
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("part", ["tokenizer_config", "chat_template"])
+def test_files_of_the_chat_that_are_too_large_are_refused(server: Server, part: str) -> None:
+    files = {**server.form(), part: b" " * ((1 << 20) + 1)}
+    response = server.client.post("/v1/adapters", data={"name": "sql"}, files=files)
+    assert error_of(response, 413, "payload_too_large")["param"] == part
     server.assert_nothing_left()
 
 

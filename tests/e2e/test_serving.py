@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from tests.factories import (
     tiny_model,
     widen_adapter,
 )
-from tests.server import Server
+from tests.server import ROOT, Server
 
 PROMPTS = [b"The quick brown fox", b"a", b"VB-LoRA composes every matrix", b"0123456789 and so on"]
 TOKENS = 12
@@ -195,3 +198,32 @@ def test_adapters_of_another_base_are_listed_as_failed_and_the_server_starts(tmp
         assert refused.status_code == 503
         assert "q_proj" in refused.json()["error"]["message"]
         assert server.generate("x", adapter="base")["choices"][0]["finish_reason"]
+
+
+def test_adapters_come_in_by_every_way_that_the_operator_opens(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_model(model, tmp_path / "base")
+    for name in ("watched", "later", "looked-up"):
+        folder = "place" if name == "looked-up" else "adapters"
+        make_adapter(model, AdapterSpec(seed=len(name)), tmp_path / folder / name)
+    (tmp_path / "adapters" / "later").rename(tmp_path / "later")
+    arguments = ("--adapters-dir", str(tmp_path / "adapters"), "--adapters-dir-interval-s", "0.05")
+    places = ("--resolve", f"dir:{tmp_path / 'place'}")
+    base = str(tmp_path / "base")
+    with Server("serve", "--model", base, *arguments, *places, data_dir=tmp_path / "data") as server:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: server.generate("x", adapter="looked-up"), range(8)))
+        assert {answer["selection"]["adapters"][0]["name"] for answer in answers} == {"looked-up"}
+        assert server.generate("x", adapter="watched")
+        (tmp_path / "later").rename(tmp_path / "adapters" / "later")
+        deadline = time.monotonic() + 60
+        while server.http.get("/v1/adapters/later").status_code == 404:
+            assert time.monotonic() < deadline, "a directory that appears is registered"
+        assert server.generate("x", adapter="later")
+        pushed = subprocess.run(
+            [sys.executable, "-m", "service", "push", str(tmp_path / "adapters"), "--url", server.url, "--json"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert json.loads(pushed.stdout)["unchanged"] == 2
+        assert server.stop() == 0
+    assert sum("registered an adapter adapter=looked-up" in line for line in server.log) == 1

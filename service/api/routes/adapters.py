@@ -16,6 +16,7 @@ from service.api.activation import activate
 from service.api.catalog import show, show_detail, show_page
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
+from service.api.registration import register
 from service.api.schemas.adapters import (
     AdapterDetail,
     AdapterPage,
@@ -26,7 +27,7 @@ from service.api.schemas.adapters import (
     UploadQuery,
 )
 from service.api.schemas.common import error_responses
-from service.api.sources import copy_source
+from service.api.sources import fetch_source
 from service.api.uploads import REQUIRED_PARTS, Upload, receive_form
 
 router = APIRouter(tags=["adapters"])
@@ -39,6 +40,8 @@ _FORM: dict[str, Any] = {
         "name": {"type": "string", "description": "1 to 128 letters, digits, '.', '_' and '-'"},
         "config": {"type": "string", "format": "binary", "description": "adapter_config.json"},
         "weights": {"type": "string", "format": "binary", "description": "adapter_model.safetensors"},
+        "tokenizer_config": {"type": "string", "format": "binary", "description": "tokenizer_config.json"},
+        "chat_template": {"type": "string", "format": "binary", "description": "chat_template.jinja"},
         "activate": {"type": "string", "enum": ["true", "switch", "merge", "false"]},
     },
 }
@@ -63,11 +66,14 @@ _UPLOAD_BODY = {
 async def upload_adapter(
     request: Request, query: Annotated[UploadQuery, Query()], state: State, tenant: Tenant
 ) -> AdapterView:
-    """Takes an adapter in: its files in a form, or a directory of the server. Checked whole before it is listed."""
+    """Takes an adapter in: its files in a form, or from a directory of the server or the Hub.
+
+    It is checked whole before it is listed.
+    """
     with state.store.staging() as staged:
         upload = await _receive(request, staged, state)
-        register = partial(_register, state, tenant, upload, staged, query)
-        record = await to_thread.run_sync(register, limiter=state.registering)
+        registering = partial(_register, state, tenant, upload, staged, query)
+        record = await to_thread.run_sync(registering, limiter=state.registering)
     if upload.activate is not None:
         return await activate(state, tenant, upload.name, upload.activate)
     return await to_thread.run_sync(show, state, record)
@@ -105,10 +111,8 @@ async def _receive(request: Request, staged: Path, state: ServerState) -> Upload
         )
     body = _parse_source(await request.body())
     check_name(body.name, state.settings.base_names)
-    settings = state.settings
-    copy = partial(copy_source, allowed=settings.allow_source, max_bytes=settings.max_upload_bytes)
-    await to_thread.run_sync(copy, body.source, staged)
-    return Upload(body.name, body.activation)
+    source = await to_thread.run_sync(fetch_source, body.source, staged, state.settings, limiter=state.fetching)
+    return Upload(body.name, body.activation, source)
 
 
 def _parse_source(body: bytes) -> SourceUpload:
@@ -120,6 +124,12 @@ def _parse_source(body: bytes) -> SourceUpload:
 
 
 def _register(state: ServerState, tenant: str, upload: Upload, staged: Path, query: UploadQuery) -> AdapterRecord:
-    return state.registry.register(
-        tenant, upload.name, staged, replace=query.replace, allow_base_mismatch=query.allow_base_mismatch
+    return register(
+        state.registry,
+        tenant,
+        upload.name,
+        staged,
+        replace=query.replace,
+        allow_base_mismatch=query.allow_base_mismatch,
+        source=upload.source,
     )

@@ -20,10 +20,10 @@ def _activate(value: Any) -> Any:
 
 
 class SourceUpload(RequestModel):
-    """An adapter that is on the server's disk."""
+    """An adapter that the server fetches itself: from its own disk, or from the Hub."""
 
     name: Text
-    source: Text = Field(description="An absolute directory under one of --allow-source")
+    source: Text = Field(description="An absolute directory, or hf://org/repo[@revision], that --allow-source allows")
     activate: Annotated[bool | Literal["switch", "merge"], BeforeValidator(_activate)] = False
 
     @property

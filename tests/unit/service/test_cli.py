@@ -25,6 +25,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedMod
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.config import VBLoRAConfig
 from adapters.export import write_adapter
+from adapters.store import digest_of
 from adapters.targets import LayerShape
 from service import __version__
 from service.cli import main
@@ -32,6 +33,7 @@ from service.engine.seam import EngineState
 from service.setting_kinds import AdapterSource
 from service.settings import Settings, SettingsError
 from tests.factories import AdapterSpec, make_adapter, rewrite, save_model, tiny_model
+from tests.fake_hub import FakeHub
 from tests.fixtures import Fixture, recorded_fixtures
 
 SMALL = ("--num-vectors", "32", "--vector-length", "16")
@@ -435,7 +437,13 @@ class TestServe:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"adapter": (AdapterSource("sql", "/none"),)}, "'sql' is to come from /none, which is not a directory"),
+            ({"adapter": (AdapterSource("sql", "/none"),)}, "'sql' in /none is refused .*: '/none' is not a directory"),
+            (
+                {"adapter": (AdapterSource("sql", "hf://o/r"),)},
+                "'sql' in hf://o/r is refused .* runs with HF_HUB_OFFLINE",
+            ),
+            ({"adapter": (AdapterSource("sql", "hf://o"),)}, "'sql' in hf://o is refused .* is no repository"),
+            ({"adapters_dir": Path("/none")}, "adapters_dir is /none, which is not a directory"),
             ({"api_key_file": Path("/none")}, "the API key file /none cannot be read"),
         ],
     )
@@ -445,6 +453,41 @@ class TestServe:
         with pytest.raises(SettingsError, match=message):
             build_server(replace(settings, **change))
         build_server(settings).close()  # nothing was left open
+
+    def test_adapters_of_the_hub_at_start(self, settings: Settings, hub: FakeHub, compact: Path) -> None:
+        from service.assembly import build_server
+
+        hub.add("org/sql", compact)
+        expected = digest_of(compact)
+        server = build_server(replace(settings, adapter=(AdapterSource("sql", "hf://org/sql"),)))
+        assert server.state.store.get("", "sql").digest == expected
+        server.close()
+
+    def test_settings_open_the_ways_in(self, settings: Settings, compact: Path, tmp_path: Path) -> None:
+        from service.api.hub_ids import HubPattern
+        from service.assembly import build_server
+
+        shutil.copytree(compact, tmp_path / "watched" / "mine")
+        (tmp_path / "watched" / "half").mkdir()
+        shutil.copy(compact / "adapter_config.json", tmp_path / "watched" / "half")
+        server = build_server(
+            replace(
+                settings,
+                allow_source=(tmp_path, "hf://org/*"),
+                resolve=(compact.parent, "hf://org/*"),
+                adapters_dir=tmp_path / "watched",
+                source_timeout_s=7.0,
+            )
+        )
+        api = server.state.settings
+        assert (api.allow_source, api.allow_hub) == ((tmp_path,), (HubPattern("org", None),))
+        assert api.source_timeout_s == 7.0
+        assert [record.name for record in server.state.store.list("")[0]] == ["mine", "sql"]
+        assert server.state.resolver is not None
+        server.state.resolver.resolve(compact.name)
+        assert server.state.store.get("", compact.name)
+        server.close()
+        assert "vblora-adapters-dir" not in {thread.name for thread in threading.enumerate()}
 
     def test_an_adapter_that_is_refused(
         self, capsys: pytest.CaptureFixture[str], settings: Settings, compact: Path, tmp_path: Path

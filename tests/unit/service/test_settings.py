@@ -13,7 +13,7 @@ import pytest
 import service
 from service.commands.settings_doc import render
 from service.setting_kinds import AdapterSource, format_size, parse_size
-from service.settings import SETTINGS, Settings, SettingsError, load_api_keys, load_settings
+from service.settings import SETTINGS, Settings, SettingsError, load_api_key, load_api_keys, load_settings
 
 DOCS = Path(service.__file__).parent.parent / "docs" / "settings.md"
 
@@ -55,7 +55,9 @@ class TestPrecedence:
             "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3", "max_batch_size": "4",
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
             "default_max_tokens": "9", "auto_merge": "true", "max_upload": "7MiB", "upload_timeout_s": "8.5",
-            "request_timeout_s": "9", "drain_timeout_s": "10", "allow_source": "/adapters", "api_key_file": "/keys",
+            "request_timeout_s": "9", "drain_timeout_s": "10", "source_timeout_s": "11",
+            "allow_source": "/adapters", "resolve": "dir:/adapters", "adapters_dir": "/adapters",
+            "adapters_dir_interval_s": "12", "api_key_file": "/keys",
             "metrics_public": "false", "cors_origin": "https://a.example:8443", "log_format": "json",
             "log_prompts": "true", "log_level": "debug",
         }[setting.name]  # fmt: skip
@@ -79,6 +81,15 @@ class TestValues:
         assert settings.adapter_memory == 1024
         assert settings.adapter == (AdapterSource("a", "/x"), AdapterSource("b", "/y=z"))
         assert settings.allow_source == (Path("/one"),)
+
+    def test_sources(self) -> None:
+        settings = load(
+            {"allow_source": ["~/x", "hf://*", "hf://org/*", "hf://org/repo"], "resolve": ["dir:rel", "hf://org/vb-*"]},
+            {"HOME": "/home/ada"},
+        )
+        assert settings.allow_source == (Path("~/x").expanduser(), "hf://*", "hf://org/*", "hf://org/repo")
+        assert settings.resolve == (Path("rel"), "hf://org/vb-*")
+        assert settings.shown()["resolve"] == "dir:rel,hf://org/vb-*"
 
     @pytest.mark.parametrize(
         ("text", "size"),
@@ -135,7 +146,20 @@ class TestErrors:
             ("adapter_memory", "0", "--adapter-memory is '0'; expected a number of bytes such as 512MiB"),
             ("metrics_public", "maybe", "--metrics-public is 'maybe'; expected true or false"),
             ("dtype", "int4", "--dtype is 'int4'; expected one of auto, float32, bfloat16, float16"),
-            ("adapter", ["sql"], "--adapter is 'sql'; expected NAME=DIRECTORY"),
+            ("adapter", ["sql"], "--adapter is 'sql'; expected NAME=DIRECTORY or NAME=hf://org/repo"),
+            (
+                "allow_source",
+                ["s3://x/*"],
+                "--allow-source is 's3://x/*'; expected a directory, hf://org/repo, hf://org/*",
+            ),
+            (
+                "allow_source",
+                ["hf://org"],
+                "--allow-source is 'hf://org'; expected a directory, hf://org/repo, hf://org/*",
+            ),
+            ("resolve", ["/x"], "--resolve is '/x'; expected dir:DIRECTORY, hf://org/* or hf://org/prefix-*"),
+            ("resolve", ["dir:"], "--resolve is 'dir:'; expected dir:DIRECTORY, hf://org/* or hf://org/prefix-*"),
+            ("resolve", ["hf://org/sql"], "--resolve is 'hf://org/sql'; expected dir:DIRECTORY, hf://org/*"),
             ("cors_origin", ["a.example"], "--cors-origin is 'a.example'; expected * or an origin such as https://"),
             ("cors_origin", ["https://a.example/x"], "--cors-origin is 'https://a.example/x'; expected * or an origin"),
             ("data_dir", " ", "--data-dir is ' '; expected a path"),
@@ -183,6 +207,23 @@ class TestErrors:
         config.write_bytes(b"\xff")
         with pytest.raises(SettingsError, match="is not TOML"):
             load(config=config)
+
+
+class TestApiKey:
+    def test_the_first_of_a_file_else_the_variable(self, tmp_path: Path) -> None:
+        path = tmp_path / "keys"
+        path.write_text("# mine\nalpha\nbeta\n")
+        assert load_api_key(path, {"VBLORA_API_KEY": "gamma"}) == "alpha"
+        assert load_api_key(None, {"VBLORA_API_KEY": " gamma\n"}) == "gamma"
+        assert load_api_key(None, {}) is None
+
+    def test_one_that_no_header_carries(self) -> None:
+        with pytest.raises(SettingsError, match="VBLORA_API_KEY has characters") as caught:
+            load_api_key(None, {"VBLORA_API_KEY": "my secret"})
+        assert "secret" not in str(caught.value)
+
+    def test_the_variable_is_no_setting_and_no_error(self) -> None:
+        assert load(environ={"VBLORA_API_KEY": "gamma"}) == Settings()
 
 
 class TestApiKeys:
