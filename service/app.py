@@ -15,6 +15,8 @@ from service.api.errors import install_error_handlers
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
+from service.api.middleware.cors import CrossOrigin
+from service.api.middleware.uncaught import UncaughtErrors
 from service.api.routes import (
     activation,
     adapters,
@@ -24,8 +26,10 @@ from service.api.routes import (
     generate,
     health,
     lora,
+    lorax,
     models,
     parameters,
+    tokenize,
 )
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -34,11 +38,13 @@ _API_ROUTERS = (
     generate.router,
     completions.router,
     chat.router,
+    lorax.router,
     models.router,
     adapters.router,
     activation.router,
     parameters.router,
     lora.router,
+    tokenize.router,
 )
 
 # Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.
@@ -66,6 +72,9 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     # Added innermost first.
     app.add_middleware(BodyLimits, settings=state.settings)
     app.add_middleware(Authentication, settings=state.settings)
+    app.add_middleware(UncaughtErrors)
+    if state.settings.cors_origins:
+        app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)
     app.add_middleware(RequestContext, metrics=state.metrics)
     return app
 

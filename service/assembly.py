@@ -182,6 +182,7 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         source_timeout_s=settings.source_timeout_s,
         api_keys=api_keys,
         metrics_public=settings.metrics_public,
+        cors_origins=settings.cors_origin,
         log_prompts=settings.log_prompts,
     )
 

@@ -13,6 +13,7 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?|[a-z]+://\[[0-9a-f:]+\](:\d{1,5})?", re.IGNORECASE)
 _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _DIRECTORY = "dir:"
 _HUB_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -140,11 +141,18 @@ def _adapter_source(text: str) -> AdapterSource:
     return AdapterSource(name, source)
 
 
+def _origin(text: str) -> str:
+    if text != "*" and not _ORIGIN.fullmatch(text):
+        raise ValueError(text)
+    return text.lower()
+
+
 TEXT = Kind("a text that is not empty", _text, "TEXT")
 PATH = Kind("a path", _path, "PATH")
 BYTES = Kind("a number of bytes such as 512MiB, 2GiB or 1000000", _bytes, "SIZE", (int,), format_size)
 SECONDS = Kind("a number of seconds above 0", _seconds, "SECONDS", (int, float), "{:g}".format)
 BOOLEAN = Kind("true or false", _boolean, "", (bool,), lambda value: str(value).lower())
+ORIGIN = Kind("* or an origin such as https://example.com", _origin, "ORIGIN")
 ADAPTER = Kind(
     "NAME=DIRECTORY or NAME=hf://org/repo",
     _adapter_source,

@@ -27,6 +27,7 @@ from service.setting_kinds import (
     BOOLEAN,
     BYTES,
     NAME_SOURCE,
+    ORIGIN,
     PATH,
     SECONDS,
     TEXT,
@@ -140,6 +141,9 @@ class Settings:
     adapters_dir_interval_s: float = _setting(SECONDS, 5.0, "How often --adapters-dir is looked through.")
     api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
     metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
+    cors_origin: tuple[str, ...] = _setting(
+        ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
+    )
     log_format: str = _setting(choice("text", "json"), "text", "How log lines are written.")
     log_prompts: bool = _setting(
         BOOLEAN, False, "Whether the access log gets prompts and outputs too. They are private: for debugging only."

@@ -35,7 +35,7 @@ VOLATILE = {
     "total_s", "version", "torch", "transformers", "python", "logprob", "token", "token_id",
     "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
     "merge_error_layer", "fingerprint", "pins",
-    "content", "system_fingerprint", "token_logprobs",
+    "content", "system_fingerprint", "token_logprobs", "generated_text",
 }  # fmt: skip
 
 

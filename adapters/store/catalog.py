@@ -41,6 +41,12 @@ class Catalog:
         records = [_record(tenant, row, versions[row[0]]) for row in shown]
         return records, records[-1].name if len(rows) > limit else None
 
+    def names(self, tenant: str) -> list[tuple[str, float]]:
+        """(name, created_at) of every adapter, in order of name."""
+        return self._sql.execute(
+            "SELECT name, created_at FROM adapters WHERE tenant = ? ORDER BY name", (tenant,)
+        ).fetchall()
+
     def count(self, tenant: str) -> int:
         (count,) = self._sql.execute("SELECT count(*) FROM adapters WHERE tenant = ?", (tenant,)).fetchone()
         return int(count)

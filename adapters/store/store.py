@@ -139,6 +139,14 @@ class AdapterStore:
         with self._reading() as catalog:
             return catalog.page(tenant, limit, after or "")
 
+    def names(self, tenant: str) -> Sequence[tuple[str, float]]:
+        """(name, Unix time of its creation) of every adapter of the tenant, in order of name.
+
+        All at once, and little of each: a page's records carry every version with its info.
+        """
+        with self._reading() as catalog:
+            return catalog.names(tenant)
+
     def count(self, tenant: str) -> int:
         """How many adapters the tenant has."""
         with self._reading() as catalog:

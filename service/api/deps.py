@@ -49,6 +49,7 @@ class ApiSettings:
     source_timeout_s: float = 60.0
     api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
+    cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
 
     def means_base(self, name: str) -> bool:
@@ -71,7 +72,13 @@ class BaseInfo:
 
 
 class Tokenizer(Protocol):
-    """The base model's tokenizer. Every method may be called from any thread."""
+    """The base model's tokenizer. Every method may be called from any thread.
+
+    `vocabulary` counts the model's token ids, of which the tokenizer may know fewer.
+    """
+
+    @property
+    def vocabulary(self) -> int: ...
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -98,7 +105,15 @@ class Tokenizer(Protocol):
         """Token ids, with the special tokens that the tokenizer adds of itself unless told not to."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def entries(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them, which is not always text: `Ġthe`."""
+        ...
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it stands for no text of its own, as EOS does."""
+        ...
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included."""

@@ -18,6 +18,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @property
     def underlying(self) -> Any:
@@ -71,10 +73,20 @@ class TextTokenizer:
         """Token ids, with the special tokens that the tokenizer adds of itself unless told not to."""
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens. Ids beyond the tokenizer's own (a padded vocabulary) decode to nothing."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text. Ids beyond the tokenizer's own (a padded vocabulary) decode to nothing."""
         known = [i for i in ids if i < len(self._tokenizer)]
-        return str(self._tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
+
+    def entries(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them, which is not always text: `Ġthe`."""
+        return list(self._tokenizer.convert_ids_to_tokens(list(ids)))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it stands for no text of its own, as EOS does."""
+        return token_id in self._special
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included."""

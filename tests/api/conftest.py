@@ -60,9 +60,16 @@ def adapter_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Server:
     """One app, a client of it, and everything behind it."""
 
-    def __init__(self, base: Base, adapter_dirs: dict[str, Path], data_dir: Path, settings: ApiSettings) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter_dirs: dict[str, Path],
+        data_dir: Path,
+        settings: ApiSettings,
+        engine: FakeEngine | None = None,
+    ) -> None:
         self.data_dir = data_dir
-        self.engine = FakeEngine()
+        self.engine = engine or FakeEngine()
         self.metrics = FakeMetrics()
         self.store = AdapterStore(data_dir, reserved=settings.base_names)
         identity = BaseIdentity(settings.base_names)

@@ -1,1 +1,4 @@
-"""Pure ASGI middleware, outermost first: context (request id, access log), auth, body (size and deadline)."""
+"""Pure ASGI middleware, outermost first.
+
+context (request id, access log) → cors → uncaught (errors) → auth → body (size and deadline)
+"""

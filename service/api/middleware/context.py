@@ -1,4 +1,4 @@
-"""The outermost layer: a request's id, one line in the access log, its metrics, and the errors nobody caught."""
+"""The outermost layer: a request's id, one line in the access log, and its metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.deps import Metrics
-from service.api.errors import ErrorResponse, api_error
 from service.api.observation import access_fields
 
 access_log = logging.getLogger("vblora.access")
@@ -21,7 +20,7 @@ _NOTHING_SENT = 499
 
 
 class RequestContext:
-    """Gives every request an id, takes the client's if it is sane, and answers for whatever goes wrong inside."""
+    """Gives every request an id, or takes the client's if it is sane."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -35,11 +34,6 @@ class RequestContext:
         exchange = _Exchange(send, request_id)
         try:
             await self._app(scope, receive, exchange.send)
-        except Exception as error:
-            response = ErrorResponse(api_error(error, request_id))
-            if exchange.status is not None:
-                raise  # too late for a response: the server cuts the connection, so that the client notices
-            await response(scope, receive, exchange.send)
         finally:
             self._record(scope, exchange, request_id)
 

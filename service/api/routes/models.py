@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from fastapi import APIRouter
 
 from adapters.errors import AdapterNotFound
-from adapters.store import AdapterRecord
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.schemas.common import error_responses
@@ -15,13 +12,11 @@ from service.api.schemas.models import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
 
-_PAGE = 1000
-
 
 @router.get("/v1/models", responses=error_responses(401))
 def list_models(state: State, tenant: Tenant) -> ModelList:
     """The base model and every adapter."""
-    adapters = [_adapter_card(state, record) for record in _all_records(state, tenant)]
+    adapters = [_adapter_card(state, name, created_at) for name, created_at in state.store.names(tenant)]
     return ModelList(data=[_base_card(state), *adapters])
 
 
@@ -31,30 +26,22 @@ def get_model(id: str, state: State, tenant: Tenant) -> ModelCard:
     if state.settings.means_base(id):
         return _base_card(state)
     try:
-        return _adapter_card(state, state.store.get(tenant, id))
+        record = state.store.get(tenant, id)
     except AdapterNotFound:
         raise ApiError(
             "model_not_found", f"no model named {id[:140]!r}: GET /v1/models lists them", param="id"
         ) from None
-
-
-def _all_records(state: ServerState, tenant: str) -> Iterator[AdapterRecord]:
-    after = None
-    while True:
-        records, after = state.store.list(tenant, limit=_PAGE, after=after)
-        yield from records
-        if after is None:
-            return
+    return _adapter_card(state, record.name, record.created_at)
 
 
 def _base_card(state: ServerState) -> ModelCard:
     return ModelCard(id=state.settings.served_model_name, created=state.base.created, root=state.base.id, parent=None)
 
 
-def _adapter_card(state: ServerState, record: AdapterRecord) -> ModelCard:
+def _adapter_card(state: ServerState, name: str, created_at: float) -> ModelCard:
     return ModelCard(
-        id=record.name,
-        created=int(record.created_at),
+        id=name,
+        created=int(created_at),
         root=state.base.id,
         parent=state.settings.served_model_name,
     )

@@ -20,7 +20,10 @@ class LayerSpec(RequestModel):
 
 
 class EstimateRequest(RequestModel):
-    config: dict[str, Any] = Field(description="The fields of PEFT's VBLoRAConfig; peft_type may be left out")
+    config: dict[str, Any] = Field(
+        description="The fields of PEFT's VBLoRAConfig; peft_type may be left out",
+        examples=[{"r": 4, "num_vectors": 64, "vector_length": 32, "topk": 2, "target_modules": ["q_proj", "v_proj"]}],
+    )
     layers: list[LayerSpec] | None = Field(
         None, min_length=1, description="Default: what the config selects in the loaded base model"
     )

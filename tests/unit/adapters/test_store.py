@@ -145,6 +145,7 @@ class TestPublish:
         theirs = publish(store, "sql", b"1", tenant="b")
         assert ours.digest == theirs.digest
         assert (store.count("a"), store.count("b"), store.count(SHARED)) == (1, 1, 0)
+        assert (store.names("a"), store.names(SHARED)) == ([("sql", ours.created_at)], [])
         with pytest.raises(AdapterNotFound):
             store.get(SHARED, "sql")
         assert_consistent(store, data_dir)

@@ -58,7 +58,8 @@ class TestPrecedence:
             "request_timeout_s": "9", "drain_timeout_s": "10", "source_timeout_s": "11",
             "allow_source": "/adapters", "resolve": "dir:/adapters", "adapters_dir": "/adapters",
             "adapters_dir_interval_s": "12", "api_key_file": "/keys",
-            "metrics_public": "false", "log_format": "json", "log_prompts": "true", "log_level": "debug",
+            "metrics_public": "false", "cors_origin": "https://a.example:8443", "log_format": "json",
+            "log_prompts": "true", "log_level": "debug",
         }[setting.name]  # fmt: skip
         config.write_text(f'{setting.flag[2:]} = "{text}"\n')
         flag = load({setting.name: [text] if setting.repeatable else text})
@@ -102,6 +103,15 @@ class TestValues:
     def test_no_sizes(self, text: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 - what a Kind's parse promises
             parse_size(text)
+
+    @pytest.mark.parametrize(
+        "origin", ["*", "https://a.example", "http://localhost:3000", "http://[::1]:8080", "tauri://localhost"]
+    )
+    def test_origins(self, origin: str) -> None:
+        assert load({"cors_origin": [origin]}).cors_origin == (origin,)
+
+    def test_origins_are_compared_as_browsers_write_them(self) -> None:
+        assert load({"cors_origin": ["HTTPS://A.Example"]}).cors_origin == ("https://a.example",)
 
     def test_home_and_xdg(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/ada")
@@ -150,6 +160,8 @@ class TestErrors:
             ("resolve", ["/x"], "--resolve is '/x'; expected dir:DIRECTORY, hf://org/* or hf://org/prefix-*"),
             ("resolve", ["dir:"], "--resolve is 'dir:'; expected dir:DIRECTORY, hf://org/* or hf://org/prefix-*"),
             ("resolve", ["hf://org/sql"], "--resolve is 'hf://org/sql'; expected dir:DIRECTORY, hf://org/*"),
+            ("cors_origin", ["a.example"], "--cors-origin is 'a.example'; expected * or an origin such as https://"),
+            ("cors_origin", ["https://a.example/x"], "--cors-origin is 'https://a.example/x'; expected * or an origin"),
             ("data_dir", " ", "--data-dir is ' '; expected a path"),
         ],
     )

@@ -1,0 +1,100 @@
+"""Requests made up from the OpenAPI page, valid ones and broken ones: every answer is one that the page promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from service.api.deps import ApiSettings
+from service.engine.errors import ContextLengthExceeded
+from service.engine.events import EventSink
+from service.engine.sequence import GenerationRequest
+from tests.api.conftest import ALIAS, BASE, Base, Server
+from tests.api.update_openapi import app_without_server
+from tests.fakes import FakeEngine
+
+CONTEXT = 24
+EXAMPLES = 50
+ADAPTER = "sql"
+
+
+class BoundedEngine(FakeEngine):
+    """Refuses, as a real one does, what is longer than its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_context = CONTEXT
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        if len(request.prompt_ids) + request.params.max_new_tokens > CONTEXT:
+            raise ContextLengthExceeded("too long", param="prompt")
+        super().submit(request, sink)
+
+
+SETTINGS = ApiSettings(BASE, frozenset({BASE, ALIAS}))
+APP = app_without_server(SETTINGS)  # the cases are made out while pytest collects
+# No key is asked for.
+CONFIG = schemathesis.Config.from_dict(
+    {"seed": 0, "generation": {"deterministic": True, "with-security-parameters": False}}
+)
+DESCRIBED = schemathesis.openapi.from_asgi("/openapi.json", APP, config=CONFIG)
+
+# What needs more than a description to succeed: an adapter's files, the digest of an earlier version.
+NEVER_RIGHT = {"POST /v1/adapters", "POST /v1/adapters/{name}/rollback"}
+
+
+@pytest.fixture(scope="module")
+def server(base: Base, adapter_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(base, adapter_dirs, tmp_path_factory.mktemp("data"), SETTINGS, engine=BoundedEngine())
+    APP.state.server = server.state
+    yield server
+    server.store.close()
+
+
+@pytest.fixture
+def answers(request: pytest.FixtureRequest) -> Iterator[Counter[int]]:
+    """By status; in the end there must have been some of every kind."""
+    found: Counter[int] = Counter()
+    yield found
+    operation = request.node.name.partition("[")[2].removesuffix("]")
+    assert operation
+    assert sum(found.values()) >= 3
+    assert operation in NEVER_RIGHT or {200, 204} & found.keys(), f"{operation} never succeeded: {found}"
+
+
+@DESCRIBED.parametrize()
+@settings(
+    max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+def test_every_answer_is_as_described(case: schemathesis.Case, server: Server, answers: Counter[int]) -> None:
+    if not server.store.count(""):
+        server.upload(ADAPTER)
+    for parameter in {"name", "id"} & case.path_parameters.keys():
+        if len(case.path_parameters[parameter]) % 2:
+            case.path_parameters[parameter] = ADAPTER
+    response = case.call_and_validate(
+        checks=[
+            not_a_server_error,
+            status_code_conformance,
+            content_type_conformance,
+            response_schema_conformance,
+            response_headers_conformance,
+            negative_data_rejection,
+            unsupported_method,
+        ]
+    )
+    answers[response.status_code] += 1
