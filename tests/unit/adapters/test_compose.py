@@ -69,9 +69,11 @@ def test_selecting_and_reconstructing_are_inverse(topk: int, seed: int, scale: f
     logits = torch.randn(5, 3, 20, generator=torch.Generator().manual_seed(seed)) * scale
     indices, weights = compose.select_topk(logits, topk)
     again, weights_again = compose.select_topk(compose.reconstruct_logits(indices, weights, 20), topk)
-    chosen = weights > 0  # which vector fills up a saturated position does not matter
-    assert torch.equal(again[chosen], indices[chosen])
-    torch.testing.assert_close(weights_again, weights, rtol=1e-6, atol=1e-7)
+    # As mixtures: vectors of nearly one weight may change places, and which of weight 0 fills up does not matter.
+    mixture, mixture_again = (
+        torch.zeros(5, 3, 20).scatter(-1, of.long(), by) for of, by in ((indices, weights), (again, weights_again))
+    )
+    torch.testing.assert_close(mixture_again, mixture, rtol=1e-5, atol=1e-30)
     assert (weights.diff(dim=-1) <= 0).all(), "heaviest first"
 
 
