@@ -282,12 +282,14 @@ def test_a_lone_request_does_not_wait_for_a_flood(long: Bench) -> None:
             prompt = tuple(random.Random(i).choices(range(256), k=30))
             engine.submit(GenerationRequest(f"{i}", prompt, params, long.selection({"a": 1.0})), started.put)
         for _ in range(20):  # the flood runs
-            started.get(timeout=60)
+            assert isinstance(started.get(timeout=60), TokenEvent)
         assert engine.stats().waiting > 400
         lone = GenerationRequest("lone", tuple(b"hello"), params, long.selection({}))
-        first_tokens: queue.Queue[int] = queue.Queue()
-        engine.submit(lone, lambda event: first_tokens.put(clock.forwards))
-        assert first_tokens.get(timeout=60) - clock.admitted_at("lone") <= 2
+        first: queue.Queue[tuple[Event, int]] = queue.Queue()
+        engine.submit(lone, lambda event: first.put((event, clock.forwards)))
+        event, forwards = first.get(timeout=60)
+        assert isinstance(event, TokenEvent)
+        assert forwards - clock.admitted_at("lone") <= 2
         assert engine.stats().waiting > 400, "the flood was there all the time"
 
 
@@ -300,9 +302,9 @@ class Clock:
         self._admitted: dict[str, int] = {}
         extend, admit = worker._runner.extend, worker.admit
 
-        def counting(*arguments: Any) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
             self.forwards += 1
-            return extend(*arguments)
+            return extend(*arguments, **options)
 
         def noting(job: Any) -> None:
             self._admitted[job.request.request_id] = self.forwards
