@@ -111,6 +111,18 @@ def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
     assert scores(bench, "fine") == [None, near(SURE)]
 
 
+def test_what_goes_wrong_in_scoring_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    with monkeypatch.context() as patch:
+        patch.setattr("service.engine.sampler.logprobs", lambda *arguments: 1 / 0)
+        bench.admit("scored", [7, 8, 9], prompt_logprobs=0)
+        bench.admit("fine", [1])
+        bench.run()
+    (failed,) = bench.events["scored"]
+    assert isinstance(failed, FailedEvent)
+    assert bench.tokens("fine") == [2, 3, 4]
+
+
 def test_cancelled_while_it_is_scored() -> None:
     bench = Bench(scored_tokens=2)
     job = bench.admit("long", [*range(1, 20)], prompt_logprobs=0)
