@@ -27,6 +27,7 @@ from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason
+from service.engine.guide import GrammarFailed
 from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
 from service.engine.prefix_cache import PrefixCache, common_blocks
@@ -478,4 +479,6 @@ def failure(error: Exception) -> tuple[str, str]:
     """The error envelope's code and message for an exception that ended a request."""
     if isinstance(error, AdapterError):
         return error.code, error.message
+    if isinstance(error, GrammarFailed):
+        return "invalid_request", f"the grammar of the output cannot be followed: {error}; ask for a simpler one"
     return "internal_error", "the engine failed on this request; the server's log says why"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.engine.events import FailedEvent, FinishedEvent, FinishReason, PromptEvent, TokenEvent
+from service.engine.guide import GrammarFailed
 from service.engine.prefix_cache import BLOCK
 from tests.fake_runner import VOCABULARY
 from tests.unit.service.engine.test_worker_prompts import PREFIX, Bench
@@ -154,7 +155,7 @@ class WordsGuide:
 
     def allowed(self) -> torch.Tensor:
         if self.grammar.broken:
-            raise ValueError("no token may follow")
+            raise GrammarFailed("no token may follow")
         mask = torch.zeros(VOCABULARY, dtype=torch.bool)
         mask[self.grammar.tokens[len(self.taken)]] = True
         return mask
@@ -195,5 +196,8 @@ def test_a_grammar_that_fails_ends_its_own_request() -> None:
     bench.admit("broken", [1], grammar=Words([1], broken=True))
     bench.admit("free", [1])
     bench.run()
-    assert isinstance(bench.events["broken"][-1], FailedEvent)
+    (failed,) = bench.events["broken"]
+    assert isinstance(failed, FailedEvent)
+    assert failed.code == "invalid_request", "its author is to blame, not the engine"
+    assert "no token may follow" in failed.message
     assert bench.tokens("free") == [2, 3, 4]
