@@ -11,16 +11,18 @@ from service.api.generation import EventStream, gather
 from service.api.openai import Envelope, usage_of
 from service.api.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionResponse
 from service.api.sse import DONE, data_frame
+from service.engine.detokenizer import TextStream
 from service.engine.events import FinishedEvent, PromptEvent, TokenEvent, TokenLogprob, Usage
 from service.engine.sequence import GenerationRequest
 
 
 @dataclass(slots=True)
 class _Choice:
-    """Where one choice stands: whether it has begun, and how many characters of it have been written."""
+    """Where one choice stands: its tokens' text, how many characters of it there are, and whether any were sent."""
 
+    text: TextStream
+    length: int = 0
     begun: bool = False
-    written: int = 0
 
 
 @dataclass(slots=True)
@@ -79,7 +81,10 @@ class CompletionWriter:
         """What is new of a choice; the prompt before its first part, if it is echoed."""
         prompt = next(i for i, request in enumerate(self.requests) if request.request_id == request_id)
         index = prompt * self.requests[prompt].n + choice
-        state = self._choices.setdefault(index, _Choice())
+        if index not in self._choices:
+            before = self.requests[prompt].prompt_ids if self.echoes is None else ()
+            self._choices[index] = _Choice(TextStream(self.tokenizer, before=before))
+        state = self._choices[index]
         tokens: list[tuple[int, TokenLogprob | None]] = [(token.token_id, token) for token in logprobs]
         if self.echoes is not None and not state.begun:
             text = self.echoes[prompt] + text
@@ -93,8 +98,8 @@ class CompletionWriter:
     def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]], state: _Choice) -> CompletionLogprobs:
         offsets = []
         for token_id, _ in tokens:
-            offsets.append(state.written)
-            state.written += len(self.tokenizer.decode([token_id]))  # special tokens are not in the text
+            offsets.append(state.length)  # of a part of a character: the character's
+            state.length += len(state.text.push(token_id))
         return CompletionLogprobs(
             tokens=[self.tokenizer.token_text(token_id) for token_id, _ in tokens],
             token_logprobs=[None if token is None else _finite(token.logprob) for _, token in tokens],

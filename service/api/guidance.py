@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from service.api.errors import ApiError
-from service.engine.guide import Grammar, Guide
+from service.engine.guide import Grammar, GrammarFailed, Guide
 
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_REGEX_BYTES = 16 << 10
@@ -164,7 +164,7 @@ class _MatcherGuide:
         bits = np.unpackbits(mask, bitorder="little", count=self._vocabulary)
         allowed = torch.from_numpy(bits.view(np.bool_))
         if not allowed.any():
-            raise ValueError(_NOTHING_FOLLOWS)
+            raise GrammarFailed(_NOTHING_FOLLOWS)
         return allowed
 
     def accept(self, token_id: int) -> None:
@@ -179,7 +179,7 @@ class _MatcherGuide:
         """A matcher never raises; it stays in an error state instead."""
         if self._matcher.is_error():
             reason = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise ValueError(_NOTHING_FOLLOWS if reason.startswith("NoExtension") else reason)
+            raise GrammarFailed(_NOTHING_FOLLOWS if reason.startswith("NoExtension") else reason)
 
 
 def _of_schema(text: str) -> str:

@@ -13,9 +13,10 @@ from service.api.deps import ApiSettings
 from service.api.schemas.generate import SelectionFields
 from service.engine.selection import Selection, SelectionSpec, WeightedName
 
+# Each part can match a text in one way only: a second would make the time to refuse a long text its length squared.
 _TERM = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._-]*(?:@sha256:[0-9a-f]*|@[^+]*)?)"
-    r"(?::(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?))?"
+    r"(?::(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?))?"
     r"(?:\+(?=.)|$)",
     re.ASCII | re.IGNORECASE,
 )

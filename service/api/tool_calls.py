@@ -77,13 +77,12 @@ class CallArray:
 
     def finish(self) -> ChatDelta:
         try:
-            calls = json.loads(self._text)
-        except ValueError:
+            written = json.loads(self._text)
+            calls = [_call(i, call["name"], _as_text(call["parameters"])) for i, call in enumerate(written)]
+        except (ValueError, RecursionError):
             return ChatDelta(content=self._text)
         self.called = True
-        return ChatDelta(
-            tool_calls=[_call(i, call["name"], _as_text(call["parameters"])) for i, call in enumerate(calls)]
-        )
+        return ChatDelta(tool_calls=calls)
 
 
 class TaggedCalls:
@@ -135,12 +134,13 @@ class TaggedCalls:
     def _parse(self, text: str) -> ToolCallView | None:
         try:
             written = json.loads(text)
+            if not isinstance(written, dict) or not isinstance(written.get("name"), str):
+                return None
+            call = _call(self._calls, written["name"], _as_text(written.get("arguments", {})))
         except (ValueError, RecursionError):
             return None
-        if not isinstance(written, dict) or not isinstance(written.get("name"), str):
-            return None
         self._calls += 1
-        return _call(self._calls - 1, written["name"], _as_text(written.get("arguments", {})))
+        return call
 
 
 def joined(deltas: Sequence[ChatDelta]) -> ChatDelta:
@@ -159,8 +159,13 @@ def _as_text(arguments: Any) -> str:
 
 
 def _call(index: int, name: str, arguments: str) -> ToolCallView:
-    function = FunctionCallView(name=name, arguments=arguments)
+    function = FunctionCallView(name=_sendable(name), arguments=_sendable(arguments))
     return ToolCallView(index=index, id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)
+
+
+def _sendable(text: str) -> str:
+    """Half a surrogate pair, which JSON's \\ud800 alone has got into, is that escape again: no answer can carry it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _more(arguments: str) -> ToolCallView:

@@ -11,7 +11,9 @@ from service.api.errors import ApiError
 from service.api.schemas.chat import ChatRequest, FunctionSpec, NamedTool
 from service.api.tool_calls import Arguments, CallArray, OutputReader, PlainText, TaggedCalls
 
+_ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_DEFINITIONS = ("$defs", "definitions")  # the keyword of JSON Schema, and what it was called before 2019
 _TAG = "<tool_call>"
 
 
@@ -64,19 +66,17 @@ def _named(functions: Sequence[FunctionSpec], name: str) -> ToolUse:
 
 
 def _parameters(function: FunctionSpec) -> Mapping[str, Any]:
-    return _NO_ARGUMENTS if function.parameters is None else function.parameters
+    return _NO_ARGUMENTS if function.parameters is None else function.parameters or _ANY_ARGUMENTS
 
 
 def _calls_schema(functions: Sequence[FunctionSpec], *, parallel: bool) -> dict[str, Any]:
     """An array of {"name", "parameters"}. Definitions that parameters refer to move to where they are looked for."""
-    definitions: dict[str, Any] = {}
+    definitions: dict[str, dict[str, Any]] = {}  # by keyword
     calls = []
     for function in functions:
         parameters = dict(_parameters(function))
-        for name, definition in parameters.pop("$defs", {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                message = f"two tools define {name!r} in $defs, differently: rename one"
-                raise ApiError("invalid_request", message, param="tools")
+        for keyword in (keyword for keyword in _DEFINITIONS if keyword in parameters):
+            _add_definitions(definitions.setdefault(keyword, {}), keyword, parameters.pop(keyword))
         calls.append(
             {
                 "type": "object",
@@ -88,4 +88,13 @@ def _calls_schema(functions: Sequence[FunctionSpec], *, parallel: bool) -> dict[
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if not parallel:
         schema["maxItems"] = 1
-    return schema | ({"$defs": definitions} if definitions else {})
+    return schema | definitions
+
+
+def _add_definitions(known: dict[str, Any], keyword: str, added: Any) -> None:
+    if not isinstance(added, dict):
+        raise ApiError("invalid_request", f"{keyword} of a tool's parameters must be an object", param="tools")
+    for name, definition in added.items():
+        if known.setdefault(name, definition) != definition:
+            message = f"two tools define {name!r} in {keyword}, differently: rename one"
+            raise ApiError("invalid_request", message, param="tools")

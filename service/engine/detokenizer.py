@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+_CONTEXT = 6  # tokens looked at of those before a text: a character of four bytes, and two more
 REPLACEMENT = "\ufffd"  # what decoding gives for a character whose bytes are not all there
 
 
@@ -16,15 +17,16 @@ class TextStream:
     """The text of one choice. `push` takes a token and returns what can be shown; `finish` returns what was held back.
 
     A tail that might be the beginning of a stop string is held back until it is not; a stop string and what follows it
-    are never returned.
+    are never returned. `before` are the tokens that precede the text, on the last of which may depend what a token
+    reads as.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._decoder = decoder
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        self._ids = list(before[-_CONTEXT:])
         self._context = 0  # tokens from here on are decoded together, so that spaces between words are right
-        self._shown = 0  # tokens up to here are in the text already
+        self._shown = len(self._ids)  # tokens up to here are in the text already, or before it
         self._held = ""
         self.stopped = False
 

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class GrammarFailed(ValueError):
+    """A grammar that cannot be followed further, by the fault of who wrote it. The message says why."""
+
+
 class Guide(Protocol):
-    """One choice's state. Used by one thread at a time."""
+    """One choice's state. Used by one thread at a time. Raises GrammarFailed where it can go no further."""
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next: bool [vocabulary], true for at least one. Raises ValueError if none may."""
+        """Which tokens may come next: bool [vocabulary], true for at least one."""
         ...
 
     def accept(self, token_id: int) -> None:

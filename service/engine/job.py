@@ -176,7 +176,7 @@ def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_e
         Choice(
             Sequence(request, i, now),
             torch.Generator().manual_seed((seed + i) % 2**63),
-            TextStream(decoder, request.params.stop),
+            TextStream(decoder, request.params.stop, request.prompt_ids),
             None if request.grammar is None else request.grammar.start(),
         )
         for i in range(request.n)

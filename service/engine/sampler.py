@@ -7,6 +7,7 @@ top-p and min-p are computed together; a row with penalties, a bias or a grammar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from service.engine.events import TokenLogprob
 from service.engine.sequence import SamplingParams
+
+_MOST = 1e30  # of a temperature or a penalty, and its inverse the least: far beyond any use, and far from overflow
+_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,22 @@ def _reshaped(token_logits: Tensor, row: SamplingRow) -> Tensor:
     if row.output and (params.presence_penalty or params.frequency_penalty):
         seen, counts = torch.unique(torch.tensor(row.output), return_counts=True)
         token_logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
-    for token_id, bias in params.logit_bias:
-        token_logits[token_id] += bias
-    return token_logits if row.allowed is None else token_logits.masked_fill(~row.allowed, float("-inf"))
+    if params.logit_bias:
+        biased, biases = zip(*params.logit_bias, strict=True)
+        token_logits[torch.tensor(biased)] += torch.tensor(biases)
+    if row.allowed is None:
+        return token_logits
+    # What is allowed stays above what is not, even where the model itself says -inf.
+    return token_logits.clamp_min(_LOWEST).masked_fill(~row.allowed, -math.inf)
 
 
 def _less_repetitive(token_logits: Tensor, history: Seq[int], penalty: float) -> Tensor:
     """Repetition penalty (arXiv 1909.05858): seen tokens' logits are divided by it, or multiplied when negative."""
-    seen = torch.tensor(sorted(set(history)))
+    penalty = min(max(penalty, 1 / _MOST), _MOST)
+    seen = torch.tensor(history)  # one that is there twice is written the same twice
     values = token_logits[seen]
-    return token_logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    penalised = torch.where(values > 0, values / penalty, values * penalty).clamp_max(-_LOWEST)
+    return token_logits.index_put((seen,), penalised)
 
 
 def _draw(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:
@@ -87,23 +97,42 @@ def _draw(token_logits: Tensor, rows: Seq[SamplingRow]) -> Tensor:
 
     In the order of the vocabulary: by likelihood, tokens nearly alike would change places with the batch's rounding.
     """
-    column = [[row.params.temperature, row.params.top_p, row.params.min_p] for row in rows]
-    temperature, top_p, min_p = torch.tensor(column, dtype=torch.float32).T.unsqueeze(-1)  # [rows, 1] each
-    # Shifted first, and never divided by 0, so that a tiny temperature overflows to -inf and not to NaN.
-    scaled = (token_logits - token_logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30)
-    logits, order = scaled.sort(dim=-1, descending=True, stable=True)
-    vocabulary = logits.shape[-1]
-    top_k = torch.tensor([[row.params.top_k or vocabulary] for row in rows])
-    logits = logits.masked_fill(torch.arange(vocabulary) >= top_k, float("-inf"))
-    probabilities = logits.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    # The likeliest token always stays: before[0] is 0 and top_p > 0.
-    kept = (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
-    in_order = torch.zeros_like(probabilities).scatter(-1, order, probabilities.where(kept, 0.0))
-    cumulative = in_order.double().cumsum(-1)
+    temperature, min_p = torch.tensor([[row.params.temperature, row.params.min_p] for row in rows]).T.unsqueeze(-1)
+    # Shifted first, and never divided by 0 or infinity, so that no temperature makes a NaN.
+    scaled = (token_logits - token_logits.amax(-1, keepdim=True)) / temperature.clamp(1 / _MOST, _MOST)  # at most 0
+    for i, row in enumerate(rows):
+        if row.params.top_k or row.params.top_p < 1.0:
+            scaled[i] = _cut(scaled[i], row.params.top_k, row.params.top_p)
+    weights = scaled.exp()  # probabilities, but for a factor that makes the likeliest one 1
+    cumulative = weights.where(weights >= min_p, 0.0).double().cumsum(-1)
     uniform = torch.tensor([[_uniform(row.generator)] for row in rows], dtype=torch.float64)
     threshold = uniform * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).clamp_max(vocabulary - 1).squeeze(-1)
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_max(scaled.shape[-1] - 1).squeeze(-1)
+
+
+def _cut(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """One row's logits [vocabulary] with -inf for all but the tokens that top-k and then top-p leave, at least one.
+
+    Of tokens as likely as each other the first in the vocabulary stay. Only what may stay is sorted: sorting a large
+    vocabulary takes longer than all the rest.
+    """
+    left = torch.arange(len(scaled))
+    if 0 < top_k < len(scaled):
+        left = _likeliest_first(scaled, scaled >= scaled.topk(top_k).values[-1])[:top_k]
+    if top_p < 1.0:
+        probabilities = scaled[left].softmax(-1)
+        # All that are less likely than this have less than 1 - top_p together. (Half of it, for rounding.)
+        candidates = _likeliest_first(probabilities, probabilities >= (1.0 - top_p) / (2 * len(left)))
+        likely = probabilities[candidates]
+        before = likely.cumsum(-1) - likely
+        left = left[candidates[: max(1, int((before < top_p).sum()))]]
+    return torch.full_like(scaled, -math.inf).index_copy(0, left, scaled[left])
+
+
+def _likeliest_first(values: Tensor, chosen: Tensor) -> Tensor:
+    """The places where the mask `chosen` is set, by falling value; of equal ones the first comes first."""
+    places = chosen.nonzero().squeeze(-1)
+    return places[values[places].argsort(descending=True, stable=True)]
 
 
 def _uniform(generator: torch.Generator) -> float:

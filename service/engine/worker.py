@@ -27,6 +27,7 @@ from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason
+from service.engine.guide import GrammarFailed
 from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
 from service.engine.prefix_cache import PrefixCache, common_blocks
@@ -211,7 +212,8 @@ class Worker:
             answers = self._forward(list(counts), [chunk.tokens for chunk in chunks], every_position=scored)
             for sequence, token_logits in answers:
                 if scored:
-                    self._score(sequence, token_logits[-counts[sequence] :])
+                    with self._blaming(sequence):
+                        self._score(sequence, token_logits[-counts[sequence] :])
                     token_logits = token_logits[-1]
                 sequence.prefilled += counts[sequence]
                 self.prompt_tokens += counts[sequence]
@@ -368,14 +370,31 @@ class Worker:
                     rows[i] = _sampling_row(choice)
         if not rows:
             return
-        of_rows = token_logits if len(rows) == len(answers) else token_logits[list(rows)]
-        for i, token in zip(rows, sampler.sample(of_rows, list(rows.values())), strict=True):
+        for i, token in self._sample([sequence for sequence, _ in answers], token_logits, rows).items():
             sequence = answers[i][0]
             job, choice = self._owners[sequence]
             if job.ended:
                 continue
             with self._blaming(sequence):
                 self._take_token(job, choice, token, token_logits[i])
+
+    def _sample(self, sequences: Seq[Sequence], token_logits: Tensor, rows: dict[int, SamplingRow]) -> dict[int, int]:
+        """A token by row. Rows that cannot be sampled together are sampled alone, so that only the guilty one fails.
+
+        One that had drawn its number by then draws another: here alone a seed's text may change.
+        """
+        try:
+            of_rows = token_logits if len(rows) == len(token_logits) else token_logits[list(rows)]
+            return dict(zip(rows, sampler.sample(of_rows, list(rows.values())), strict=True))
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            log.warning("rows could not be sampled together: %s", error)
+        chosen = {}
+        for i, row in rows.items():
+            with self._blaming(sequences[i]):
+                (chosen[i],) = sampler.sample(token_logits[i : i + 1], [row])
+        return chosen
 
     def _take_token(self, job: Job, choice: Choice, token: int, token_logits: Tensor) -> None:
         params = choice.sequence.params
@@ -460,4 +479,6 @@ def failure(error: Exception) -> tuple[str, str]:
     """The error envelope's code and message for an exception that ended a request."""
     if isinstance(error, AdapterError):
         return error.code, error.message
+    if isinstance(error, GrammarFailed):
+        return "invalid_request", f"the grammar of the output cannot be followed: {error}; ask for a simpler one"
     return "internal_error", "the engine failed on this request; the server's log says why"

@@ -360,6 +360,47 @@ def test_definitions_of_two_tools_may_not_clash(server: Server) -> None:
     )
 
 
+@pytest.mark.parametrize("keyword", ["$defs", "definitions"])
+@pytest.mark.parametrize("wrong", [None, [], "x", [1]])
+def test_definitions_are_an_object(server: Server, keyword: str, wrong: Any) -> None:
+    tool = {"type": "function", "function": {"name": "a", "parameters": {"type": "object", keyword: wrong}}}
+    error = error_of(chat(server, tools=[tool], tool_choice="required"), 400, "invalid_request")
+    assert keyword in error["message"]
+
+
+def test_definitions_by_their_older_name(server: Server) -> None:
+    parameters = {"properties": {"x": {"$ref": "#/definitions/X"}}, "definitions": {"X": {"const": 1}}}
+    server.engine.script = '[{"name": "a", "parameters": {"x": 1}}]'
+    tools = [{"type": "function", "function": {"name": "a", "parameters": parameters}}]
+    (choice,) = chat(server, tools=tools, tool_choice="required").json()["choices"]
+    assert called(choice["message"]) == [("a", {"x": 1})]
+
+
+@pytest.mark.parametrize("tool_choice", [NAMED, "required"])
+def test_parameters_that_say_nothing_are_any_object(server: Server, tool_choice: Any) -> None:
+    chat(
+        server, tools=[{"type": "function", "function": {"name": "weather", "parameters": {}}}], tool_choice=tool_choice
+    )
+    (request,) = server.engine.requests
+    assert request.grammar is not None
+    guide = request.grammar.start()
+    for byte in b"" if tool_choice == NAMED else b'[{"name": "weather", "parameters": ':
+        guide.accept(byte)
+    assert guide.allowed().nonzero().flatten().tolist() == [ord("{")]
+
+
+def test_what_openais_client_adds_to_a_message_may_be_sent_back(server: Server) -> None:
+    """Its stream() and parse() answer with messages that hold more than the server's own."""
+    function = {"name": "weather", "arguments": ARGUMENTS, "parsed_arguments": {"town": "Graz"}}
+    call = {"id": "call_1", "type": "function", "function": function, "index": 0}
+    turn = {"role": "assistant", "content": "", "parsed": {"x": 1}, "annotations": None, "tool_calls": [call]}
+    server.upload("own")
+    bring_template(server, "own", "{{ messages[0] | tojson }}")
+    assert chat(server, [turn], model="own").status_code == 200
+    shown = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
+    assert json.loads(prompt_of(server)) == {"role": "assistant", "content": "", "tool_calls": [shown]}
+
+
 # --- tools that the model may call ----------------------------------------------------------------
 
 TAGGED = "{% for t in tools or [] %}call {{ t.function.name }} as <tool_call>{% endfor %}{{ messages[-1].content }}"
@@ -400,6 +441,16 @@ def test_a_model_may_call_tools(server: Server, script: str, content: str | None
     assert [call["index"] for call in streamed] == list(range(len(calls)))
     assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in streamed] == calls
     assert events[-1]["choices"][0]["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_surrogate_pair_in_a_call_stays_an_escape(server: Server, *, stream: bool) -> None:
+    script = '<tool_call>{"name": "f\\ud800", "arguments": {"town": "\\ud83d Graz"}}</tool_call>'
+    answer = free_call(server, script, stream=stream)
+    choices = [event["choices"][0] for event in events_of(answer)] if stream else answer.json()["choices"]
+    (call,) = [call for choice in choices for call in choice["delta" if stream else "message"].get("tool_calls", ())]
+    assert call["function"]["name"] == "f\\ud800"
+    assert call["function"]["arguments"] == '{"town": "\\ud83d Graz"}'
 
 
 def calls_of(choice: dict[str, Any]) -> list[dict[str, Any]]:

@@ -294,6 +294,13 @@ def test_echo_scores_the_prompt(server: Server) -> None:
     }
 
 
+def test_offsets_are_places_in_the_text(server: Server) -> None:
+    """The tests' tokens are bytes: those of one character are all where it is."""
+    (choice,) = complete(server, prompt="a€é", max_tokens=2, logprobs=0, echo=True).json()["choices"]
+    assert choice["text"] == "a€éba"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2, 2, 3, 4]
+
+
 def test_the_prompt_alone(server: Server) -> None:
     body = complete(server, prompt="xyz", max_tokens=0, logprobs=0, echo=True).json()
     (choice,) = body["choices"]

@@ -17,7 +17,7 @@ from service.api import guidance as module
 from service.api.errors import ApiError
 from service.api.guidance import MAX_OPTIONS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, Guidance
 from service.demo.run import ASSETS
-from service.engine.guide import Grammar
+from service.engine.guide import Grammar, GrammarFailed
 from service.engine.sampler import SamplingRow, sample
 from service.engine.sequence import SamplingParams
 from tests.factories import EOS_ID, PAD_ID, VOCAB_SIZE, byte_tokenizer
@@ -216,9 +216,9 @@ def test_a_grammar_that_outgrew_its_limit_is_made_anew(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_MAX_LEXER_STATES", 40)
     guidance = Guidance(byte_tokenizer(), VOCAB_SIZE, {EOS_ID})
     grammar = guidance.regex("[a-z]{2}|A{100}")
-    with pytest.raises(ValueError, match="too many states"):
+    with pytest.raises(GrammarFailed, match="too many states"):
         write_bytes(grammar, b"A" * 60)
-    with pytest.raises(ValueError, match="too many states"):
+    with pytest.raises(GrammarFailed, match="too many states"):
         write_bytes(grammar, b"ab")
     assert guidance.regex("[a-z]{2}|A{100}") is grammar
     write_bytes(grammar, b"ab")

@@ -42,6 +42,13 @@ def test_what_is_no_model_is_a_name_that_none_has(model: str) -> None:
     assert parse_model(model) == (WeightedName(model),)
 
 
+@pytest.mark.parametrize("long", ["a:" + "1" * 100_000, "a:1." + "1" * 100_000, "a@" + ":1" * 50_000, "a" * 100_000])
+def test_a_long_text_is_refused_in_time(long: str) -> None:
+    """Were there two ways to match its digits, this would take minutes."""
+    for model in (f"{long}!", f"{long}+"):
+        assert parse_model(model) == (WeightedName(model),)
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_parsed_to_something(model: str) -> None:
     assert parse_model(model)

@@ -40,16 +40,21 @@ class FunctionCall(RequestModel):
 
     name: Text
     arguments: Text
+    parsed_arguments: Any = Field(None, exclude=True)
 
 
 class ToolCall(RequestModel):
     id: Text
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(None, exclude=True)
 
 
 class Message(RequestModel):
-    """One turn. An assistant's may be sent back as it came."""
+    """One turn. An assistant's may be sent back as it came, with what OpenAI's client puts in besides.
+
+    That is excluded: no template sees it.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
@@ -59,6 +64,7 @@ class Message(RequestModel):
     reasoning_content: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = Field(None, max_length=0)
+    parsed: Any = Field(None, exclude=True)
     audio: None = None
     function_call: None = None
 

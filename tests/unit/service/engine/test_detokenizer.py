@@ -16,6 +16,13 @@ class Bytes:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
+class Words:
+    """A token is a word with the space before it, which is left out at the beginning (SentencePiece)."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f" {chr(i)}" for i in ids)[1:]
+
+
 def stream(text: str, stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
     """What is shown after each byte of `text` until a stop string ends it, and at the end."""
     out = TextStream(Bytes(), stop)
@@ -41,6 +48,22 @@ def test_an_incomplete_character_is_shown_as_such_at_the_end() -> None:
     out = TextStream(Bytes())
     assert out.push(0xE2) == ""
     assert out.finish() == "\ufffd"
+
+
+def test_a_word_that_follows_others_keeps_its_space() -> None:
+    words = [*map(ord, "abcdefghij")]
+    assert [TextStream(Words(), before=words[:i]).push(words[i]) for i in range(10)] == [
+        "a",
+        *(f" {c}" for c in "bcdefghij"),
+    ]
+
+
+@pytest.mark.parametrize("before", ["", "x", "é", "xx😀", "😀😀😀"])
+def test_what_precedes_a_text_is_no_part_of_it(before: str) -> None:
+    out = TextStream(Bytes(), ["STOP"], list(before.encode()))
+    assert "".join(out.push(byte) for byte in "aé😀STOP".encode()) == "aé😀"
+    assert out.stopped
+    assert TextStream(Bytes(), before=list(before.encode())).finish() == ""
 
 
 @pytest.mark.parametrize("stop", [["STOP"], ["nope", "STOP"], ["STOP", "TOP"]])

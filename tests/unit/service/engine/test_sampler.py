@@ -139,3 +139,45 @@ def test_only_allowed_tokens_are_chosen_and_no_bias_changes_that() -> None:
     assert sample(token_logits, [row(allowed=allowed, **bias), row(temperature=0.0)]) == [2, 0]
     drawn = {sample(token_logits[:1], [row(seed=seed, allowed=~allowed, temperature=8.0)])[0] for seed in range(200)}
     assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**70},
+        {"top_p": 5e-324},
+        {"top_p": 1e-50, "top_k": 2},
+        {"min_p": 1.0},
+        {"temperature": 1e300},
+        {"temperature": 5e-324},
+        {"temperature": 1e300, "top_p": 1e-50, "top_k": 3},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e300, "temperature": 0.0},
+    ],
+)
+@pytest.mark.parametrize("model_allows", [True, False])
+def test_no_parameter_makes_a_row_choose_what_its_grammar_forbids(
+    extreme: dict[str, float], *, model_allows: bool
+) -> None:
+    token_logits = torch.tensor([[-3.0, 2.0, 0.0, -1.0, 5.0, 1.0]])
+    allowed = torch.tensor([False, True, True, True, False, False])
+    if not model_allows:
+        token_logits[:, allowed] = -math.inf
+    drawn = {sample(token_logits, [row(seed, (0, 1, 2, 3, 4, 5), (1, 1), allowed, **extreme)])[0] for seed in range(50)}
+    assert drawn <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (30, 0.9), (3, 0.2), (0, 0.999), (40, 1.0)])
+def test_top_k_and_top_p_keep_what_a_sort_of_the_whole_vocabulary_would(seed: int, top_k: int, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    token_logits = torch.randint(-6, 6, (40,), generator=generator).float()  # many are equal
+    by_likelihood = sorted(range(40), key=lambda i: (-token_logits[i].item(), i))[: top_k or 40]
+    weights = [math.exp(token_logits[i].item()) for i in by_likelihood]
+    before = [sum(weights[:i]) / sum(weights) for i in range(len(weights))]
+    expected = {token for token, mass in zip(by_likelihood, before, strict=True) if mass < top_p}
+    likeliest = {sample(token_logits[None], [row(draw, top_k=top_k, top_p=top_p)])[0] for draw in range(200)}
+    assert likeliest <= expected
+    flat = {sample(token_logits[None], [row(draw, top_k=top_k, temperature=1e9)])[0] for draw in range(2000)}
+    assert flat == set(by_likelihood)

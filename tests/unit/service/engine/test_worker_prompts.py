@@ -17,7 +17,7 @@ from service.engine.scheduler import Limits
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.engine.worker import Worker
-from tests.fake_runner import TOKEN_BYTES, FakeRunner
+from tests.fake_runner import TOKEN_BYTES, VOCABULARY, FakeRunner
 from tests.unit.service.engine.test_worker import FakeMerger, Letters
 
 PREFIX = [*range(10, 10 + 3 * BLOCK // 2)] * 2  # three blocks
@@ -326,6 +326,15 @@ def test_rows_that_cannot_be_added_fail_and_the_others_go_on(monkeypatch: pytest
     bench.run()
     assert bench.tokens("running") == [2, 3, 4, 5, 6, 7]
     assert bench.tokens("next") == [11, 12, 13]
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
+    bench = Bench()
+    bench.admit("unlucky", [1], logit_bias=((VOCABULARY, 1.0),))
+    bench.admit("well", [5], temperature=1e-9)
+    bench.run()
+    assert isinstance(bench.end("unlucky"), FailedEvent)
+    assert bench.tokens("well") == [6, 7, 8]
 
 
 def test_a_text_that_cannot_be_decoded_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.engine.events import FailedEvent, FinishedEvent, FinishReason, PromptEvent, TokenEvent
+from service.engine.guide import GrammarFailed
 from service.engine.prefix_cache import BLOCK
 from tests.fake_runner import VOCABULARY
 from tests.unit.service.engine.test_worker_prompts import PREFIX, Bench
@@ -111,6 +112,18 @@ def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
     assert scores(bench, "fine") == [None, near(SURE)]
 
 
+def test_what_goes_wrong_in_scoring_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    with monkeypatch.context() as patch:
+        patch.setattr("service.engine.sampler.logprobs", lambda *arguments: 1 / 0)
+        bench.admit("scored", [7, 8, 9], prompt_logprobs=0)
+        bench.admit("fine", [1])
+        bench.run()
+    (failed,) = bench.events["scored"]
+    assert isinstance(failed, FailedEvent)
+    assert bench.tokens("fine") == [2, 3, 4]
+
+
 def test_cancelled_while_it_is_scored() -> None:
     bench = Bench(scored_tokens=2)
     job = bench.admit("long", [*range(1, 20)], prompt_logprobs=0)
@@ -142,7 +155,7 @@ class WordsGuide:
 
     def allowed(self) -> torch.Tensor:
         if self.grammar.broken:
-            raise ValueError("no token may follow")
+            raise GrammarFailed("no token may follow")
         mask = torch.zeros(VOCABULARY, dtype=torch.bool)
         mask[self.grammar.tokens[len(self.taken)]] = True
         return mask
@@ -183,5 +196,8 @@ def test_a_grammar_that_fails_ends_its_own_request() -> None:
     bench.admit("broken", [1], grammar=Words([1], broken=True))
     bench.admit("free", [1])
     bench.run()
-    assert isinstance(bench.events["broken"][-1], FailedEvent)
+    (failed,) = bench.events["broken"]
+    assert isinstance(failed, FailedEvent)
+    assert failed.code == "invalid_request", "its author is to blame, not the engine"
+    assert "no token may follow" in failed.message
     assert bench.tokens("free") == [2, 3, 4]
