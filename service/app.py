@@ -71,7 +71,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     app.include_router(docs.router)
     # Added innermost first.
     app.add_middleware(BodyLimits, settings=state.settings)
-    app.add_middleware(Authentication, settings=state.settings)
+    app.add_middleware(Authentication, keys=state.keys, metrics_public=state.settings.metrics_public)
     app.add_middleware(UncaughtErrors)
     if state.settings.cors_origins:
         app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)

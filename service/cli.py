@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
+    _add_key(commands.add_parser("key", help="make an API key"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
     return parser
 
@@ -167,6 +168,20 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="PATH", help="a file whose first line is the API key")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_push)
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Make an API key, and the line for the server's --api-key-file: its hash and what it allows."
+    parser.add_argument("--file", type=Path, metavar="FILE", help="append the line to this key file")
+    parser.add_argument("--hash", action="store_true", help="read a key from stdin instead of making one")
+    parser.add_argument("--name", metavar="LABEL", help="what logs call it (default: the first digits of its hash)")
+    parser.add_argument(
+        "--tenant", metavar="NAME", help="whose adapters it sees and changes (default: the shared ones)"
+    )
+    parser.add_argument("--scopes", metavar="infer,admin", help="what it may be used for (default: both)")
+    parser.add_argument("--rate", metavar="N", help="requests a minute (default: no limit)")
+    parser.add_argument("--concurrency", metavar="N", help="requests at once (default: no limit)")
+    parser.set_defaults(run=_key)
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -250,6 +265,14 @@ def _push(args: argparse.Namespace) -> int:
         as_json=args.json,
     )
     return push.run(options)
+
+
+def _key(args: argparse.Namespace) -> int:
+    from service.commands import key
+
+    names = ("name", "tenant", "scopes", "rate", "concurrency")
+    attributes = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
+    return key.run(attributes, file=args.file, hash_given=args.hash)
 
 
 def _settings_doc(args: argparse.Namespace) -> int:

@@ -157,9 +157,10 @@ class FakeMetrics:
         self.generations: list[tuple[str, str]] = []
         self.finished: Counter[str] = Counter()
         self.observed: Counter[str] = Counter()
+        self.usage: Counter[str] = Counter()
 
-    def render(self) -> tuple[bytes, str]:
-        return b"fake_metric 1\n", "text/plain; version=0.0.4; charset=utf-8"
+    def render(self, reader: str | None) -> tuple[bytes, str]:
+        return f"fake_metric 1\n# for {reader}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
         assert seconds >= 0
@@ -167,6 +168,9 @@ class FakeMetrics:
 
     def count_error(self, code: str) -> None:
         self.errors[code] += 1
+
+    def count_usage(self, tenant: str, usage: Usage) -> None:
+        self.usage[tenant] += usage.completion_tokens
 
     def count_generation(self, selection: Selection, tenant: str) -> None:
         self.generations.append((selection.header, tenant))

@@ -16,10 +16,11 @@ No torch here: the store opens in milliseconds.
 
 from adapters.store.files import digest_of, digest_of_files
 from adapters.store.names import check_name
-from adapters.store.records import Activation, AdapterRecord, AdapterVersion
+from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion
 from adapters.store.store import AdapterStore
 
 __all__ = [
+    "SHARED",
     "Activation",
     "AdapterRecord",
     "AdapterStore",

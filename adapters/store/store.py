@@ -25,7 +25,7 @@ from adapters.store.database import CommitUncertain, Database
 from adapters.store.files import make_directory, storage_errors
 from adapters.store.lock import DirectoryLock
 from adapters.store.names import check_name, is_name
-from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
+from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion, Page
 from adapters.store.reserve import Reserve
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,11 @@ class AdapterStore:
         with self._reading() as catalog:
             return _find(catalog, tenant, name)
 
+    def visible(self, tenant: str, name: str) -> AdapterRecord:
+        """The tenant's adapter of that name, else the shared one. Raises AdapterNotFound."""
+        with self._reading() as catalog:
+            return _find_visible(catalog, tenant, name)
+
     def version(self, tenant: str, name: str, digest_prefix: str | None = None) -> AdapterVersion:
         """The version whose digest starts with `digest_prefix` ("sha256:" and at least 8 digits), or the current.
 
@@ -129,8 +134,9 @@ class AdapterStore:
     def list(self, tenant: str, *, limit: int = 100, after: str | None = None) -> Page:
         """Up to `limit` adapters in order of name, from the first after `after`, and the `after` of the next page.
 
-        The name to continue after need not exist any more; the last page's is None. Raises InvalidSelection for
-        an `after` that cannot be a name.
+        They are those visible to the tenant: its own, and the shared ones whose names it has not used. The name to
+        continue after need not exist any more; the last page's is None. Raises InvalidSelection for an `after` that
+        cannot be a name.
         """
         if limit < 1:
             raise ValueError(f"limit is {limit}: a page has at least one adapter")
@@ -140,7 +146,7 @@ class AdapterStore:
             return catalog.page(tenant, limit, after or "")
 
     def names(self, tenant: str) -> Sequence[tuple[str, float]]:
-        """(name, Unix time of its creation) of every adapter of the tenant, in order of name.
+        """(name, Unix time of its creation) of every adapter visible to the tenant, in order of name.
 
         All at once, and little of each: a page's records carry every version with its info.
         """
@@ -182,15 +188,14 @@ class AdapterStore:
             return _find(catalog, tenant, name)
 
     def activate(self, tenant: str, name: str, mode: str) -> Activation:
-        """Make an adapter the tenant's default, in place of any other.
+        """Make an adapter visible to the tenant its default, in place of any other.
 
         Raises AdapterNotFound, or InvalidSelection for a mode that is neither "switch" nor "merge".
         """
         if mode not in MODES:
             raise InvalidSelection(f"mode is {mode[:80]!r}: it is one of {', '.join(MODES)}", subject="mode")
-        activation = Activation(tenant, name, mode)
         with self._writing() as catalog:
-            _find(catalog, tenant, name)
+            activation = Activation(tenant, name, mode, _find_visible(catalog, tenant, name).tenant)
             catalog.activate(activation)
         return activation
 
@@ -289,6 +294,12 @@ def _find(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
             f"no adapter is named {name[:140]!r}; list the adapters to see which there are", subject=name
         )
     return record
+
+
+def _find_visible(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
+    if tenant != SHARED and is_name(name) and (own := catalog.find(tenant, name)) is not None:
+        return own
+    return _find(catalog, SHARED, name)
 
 
 def _exists(existing: AdapterRecord, digest: str) -> AdapterExists:

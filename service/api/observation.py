@@ -109,6 +109,7 @@ class _Generation:
                 self._saw_token(event, moment)
             case FinishedEvent(timing=timing):
                 self.finished = event
+                self._metrics.count_usage(self.request.tenant, event.usage)
                 if FinishReason.CANCELLED not in self.finish_reasons.values():
                     self._metrics.observe_generation(timing.queue_s, timing.total_s)
             case FailedEvent():

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRegistry
-from adapters.store import AdapterRecord, digest_of
+from adapters.store import SHARED, AdapterRecord, digest_of
 from service.api.chat_files import check_chat_files
 
 log = logging.getLogger(__name__)
-
-SHARED = ""  # the tenant whose adapters everyone reads
 
 
 def register(

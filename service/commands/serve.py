@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from service.api.keys import KeyFileError, KeyRing, load_key_file
 from service.app import create_app
 from service.assembly import Server, build_server
 from service.commands import CommandError
@@ -53,6 +55,7 @@ def run(settings: Settings) -> int:
             if settings.log_format == "text":
                 introduce(server, url_of(listener))
 
+        reload_on_sighup(settings.api_key_file, server.state.keys)
         try:
             serve(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
         finally:
@@ -65,6 +68,25 @@ def end_on_sigterm() -> None:
     """SIGTERM ends the process also while the model loads; a container's first process would ignore it by default."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
+def reload_on_sighup(path: Path | None, keys: KeyRing) -> None:
+    """SIGHUP has the API key file read anew. One that cannot be used changes nothing; what runs goes on."""
+
+    def reload(number: int, frame: FrameType | None) -> None:
+        if path is None:
+            log.info("SIGHUP: there is no API key file to read anew")
+            return
+        try:
+            read = load_key_file(path)
+        except KeyFileError as error:
+            log.error("SIGHUP: the API keys stay as they are: %s", error)
+            return
+        keys.replace(read)
+        log.info("SIGHUP: read the API keys anew", extra={"keys": len(read)})
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, reload)
 
 
 @contextmanager
@@ -156,6 +178,6 @@ def introduce(server: Server, url: str) -> None:
     body = {"prompt": "Once upon a time", "max_new_tokens": 32}
     if records:
         body["adapter"] = records[0].name
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.settings.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.keys else ""
     say(f"Serving {state.base.id} with {state.store.count('')} adapters at {url}. Try:")
     say(f"  curl {url}/v1/generate{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
