@@ -88,12 +88,15 @@ class _Live:
     failure: AdapterError | None = None
     pins: int = 0
     last_used: float | None = None
+    deleted: bool = False  # no name refers to it any more: forgotten with its last pin
 
 
 class AdapterRegistry:
     """Registers adapters on one base model and hands out their factors.
 
-    Every method may be called from any thread; `register` and `pin` read files and compose: keep them off event loops.
+    Every method may be called from any thread; `register` and `pin` read files and compose, and `forget_deleted` asks
+    the store: keep them off event loops. The others wait for no file: the lock is never held while the store is asked,
+    whose own lock is held while a disk is written.
     """
 
     def __init__(
@@ -148,10 +151,10 @@ class AdapterRegistry:
         info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch}
         record = self._store.publish(tenant, name, staged, info, replace=replace)
         with self._changed:
-            if self._store.digest_in_use(record.digest):  # else deleted meanwhile
-                live = self._live.setdefault(record.digest, _Live())
-                live.compact, live.failure = compact, None
-        self.forget_deleted(earlier)  # publishing prunes the oldest versions
+            live = self._live.setdefault(record.digest, _Live())
+            live.compact, live.failure, live.deleted = compact, None, False
+        # Publishing prunes the oldest versions, and this one may have been deleted meanwhile.
+        self.forget_deleted([*earlier, record.digest])
         return record
 
     def pin(self, digest: str) -> AdapterFactors:
@@ -215,22 +218,25 @@ class AdapterRegistry:
             assert live.pins > 0
             live.pins -= 1
             self._evict()
-            if live.pins == 0 and not self._is_stored(digest):
+            if live.pins == 0 and live.deleted:
                 del self._live[digest]
 
     def _is_stored(self, digest: str) -> bool:
         try:
             return self._store.digest_in_use(digest)
         except StoreError:
-            return True  # the engine's thread asks; a failing disk must not end it
+            return True  # what a failing disk does not tell is kept
 
-    def forget_deleted(self, digests: list[str]) -> None:
-        """Drops from memory what no name refers to any more and no request holds."""
+    def forget_deleted(self, digests: Collection[str]) -> None:
+        """Drops from memory what no name refers to any more: now, or with the last pin of a request that holds it."""
+        deleted = [digest for digest in digests if not self._is_stored(digest)]
         with self._changed:
-            for digest in digests:
+            for digest in deleted:
                 live = self._live.get(digest)
-                if live is not None and live.pins == 0 and not self._is_stored(digest):
-                    del self._live[digest]
+                if live is not None:
+                    live.deleted = True
+                    if live.pins == 0:
+                        del self._live[digest]
 
     def status(self, digest: str) -> AdapterStatus:
         with self._changed:
@@ -306,6 +312,7 @@ class AdapterRegistry:
                 mended = live.compact is not None  # by an upload meanwhile
                 if isinstance(error, (CheckpointError, AdapterUnavailable)) and not mended:
                     live.failure = error  # any other may pass: the next pin tries again
+                live.deleted = live.deleted or (isinstance(error, AdapterNotFound) and not mended)
                 self._changed.notify_all()
             self.unpin(digest)
             raise

@@ -351,8 +351,13 @@ class BatchEngine:
     def _cancel(self, request_id: str) -> None:
         with self._changed:
             job = self._jobs.get(request_id)
-        if job is not None:
+        if job is None:
+            return
+        try:
             job.cancel()
+        except Exception as error:  # what is held back of its text may be what cannot be decoded
+            log.exception("request %s could not be cancelled in order", request_id)
+            job.fail(*failure(error))
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -576,3 +576,42 @@ class TestThreads:
                 outcome.result(WAIT_S)
         assert all(registry.status(digest).pins == 0 for digest in known.values())
         assert registry.resident_bytes()[1] <= 2 * FACTOR_BYTES
+
+
+def test_who_holds_an_adapter_never_waits_for_the_disk(
+    registry: AdapterRegistry, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another adapter is published, whose commit a slow disk holds up, and deletions wait behind it."""
+    digest, deleted = register(registry, written["a"]).digest, register(registry, written["b"]).digest
+    registry.pin(digest)
+    registry.unpin(digest)
+    asked, disk = threading.Event(), threading.Event()
+    in_use = registry.store.digest_in_use
+
+    def slow(digest: str) -> bool:
+        asked.set()
+        assert disk.wait(WAIT_S)
+        return in_use(digest)
+
+    monkeypatch.setattr(registry.store, "digest_in_use", slow)
+    with ThreadPoolExecutor(2) as pool:
+        forgetting = pool.submit(delete, registry, "b")
+        assert asked.wait(WAIT_S)
+        pinned = pool.submit(registry.pin_loaded, digest)
+        try:
+            assert pinned.result(WAIT_S) is not None
+            pool.submit(registry.unpin, digest).result(WAIT_S)
+        finally:
+            disk.set()
+        forgetting.result(WAIT_S)
+    assert registry.status(deleted).resident_bytes == 0
+
+
+def test_a_version_deleted_before_it_is_pinned_leaves_nothing_behind(
+    registry: AdapterRegistry, written: dict[str, Path]
+) -> None:
+    digest = register(registry, written["a"]).digest
+    delete(registry, "a")
+    with pytest.raises(AdapterNotFound):
+        registry.pin(digest)
+    assert digest not in registry._live

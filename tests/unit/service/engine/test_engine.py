@@ -387,3 +387,17 @@ def test_what_keys_and_values_take_is_told_while_they_are_there(bench: Bench) ->
     assert ended.wait(10)
     assert taken == [3, 4, 5, 5]
     assert bench.engine.stats().kv_budget_bytes == 1000
+
+
+def test_a_text_that_cannot_be_decoded_when_its_request_is_cancelled_harms_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.runner.gate.clear()
+    events, other = bench.submit("unlucky"), bench.submit("well", prompt=(5,))
+    assert bench.runner.entered.wait(10)
+    monkeypatch.setattr(Letters, "decode", lambda self, ids: "" if 2 not in ids and 1 not in ids else 1 / 0)
+    bench.engine.cancel("unlucky")
+    bench.runner.gate.set()
+    assert isinstance(finish(events)[1], FailedEvent)
+    assert finish(other)[0] == [6, 7, 8]
+    assert bench.engine.state is EngineState.READY
