@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
+    _add_doctor(commands.add_parser("doctor", help="check the directory that adapters are kept in, and repair it"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
     return parser
 
@@ -167,6 +168,14 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="PATH", help="a file whose first line is the API key")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_push)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check a server's data directory while no server runs on it. Exit code 1: something is wrong."
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="PATH", help="the server's --data-dir")
+    parser.add_argument("--repair", action="store_true", help="mend it; nothing that is intact is removed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -250,6 +259,12 @@ def _push(args: argparse.Namespace) -> int:
         as_json=args.json,
     )
     return push.run(options)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from service.commands import doctor
+
+    return doctor.run(args.data_dir, mend=args.repair, as_json=args.json)
 
 
 def _settings_doc(args: argparse.Namespace) -> int:
