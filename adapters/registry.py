@@ -124,9 +124,9 @@ class AdapterRegistry:
         return self._store
 
     def check_stored(self) -> int:
-        """Checks at start that every stored version still binds to the base; returns how many do not.
+        """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
-        Those are FAILED, with the reason; the others are served.
+        Those are FAILED, with the reason; the others are served. Every file is read, to hold it against its digest.
         """
         failures = 0
         for tenant, name, version in self._store.all_versions():
@@ -267,7 +267,7 @@ class AdapterRegistry:
 
     def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
-            layout = read_layout(self._store.path(version.digest))
+            layout = read_layout(self._verified(version.digest))
             if not version.info.get("base_mismatch_allowed"):
                 check_base_name(layout.config.base_model_name_or_path, self._identity)
             self._check_layout(layout)
@@ -327,16 +327,20 @@ class AdapterRegistry:
     def _read(self, digest: str) -> TopKCheckpoint:
         directory = self._store.path(digest)
         try:
-            if digest_of(directory) != digest:
-                message = "its files on disk have changed since the upload; upload it again"
-                raise AdapterUnavailable(message, subject=digest)
-            checkpoint = read_checkpoint(directory)
+            checkpoint = read_checkpoint(self._verified(digest))
         except (AdapterError, OSError) as error:
             if directory.is_dir():
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         self._check_layout(checkpoint.layout)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+
+    def _verified(self, digest: str) -> Path:
+        """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
+        directory = self._store.path(digest)
+        if digest_of(directory) != digest:
+            raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
+        return directory
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:

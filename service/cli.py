@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
     _add_key(commands.add_parser("key", help="make an API key"))
+    _add_doctor(commands.add_parser("doctor", help="check the directory that adapters are kept in, and repair it"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
     return parser
 
@@ -182,6 +183,14 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", metavar="N", help="requests a minute (default: no limit)")
     parser.add_argument("--concurrency", metavar="N", help="requests at once (default: no limit)")
     parser.set_defaults(run=_key)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check a server's data directory while no server runs on it. Exit code 1: something is wrong."
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="PATH", help="the server's --data-dir")
+    parser.add_argument("--repair", action="store_true", help="mend it; nothing that is intact is removed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -273,6 +282,12 @@ def _key(args: argparse.Namespace) -> int:
     names = ("name", "tenant", "scopes", "rate", "concurrency")
     attributes = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
     return key.run(attributes, file=args.file, hash_given=args.hash)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from service.commands import doctor
+
+    return doctor.run(args.data_dir, mend=args.repair, as_json=args.json)
 
 
 def _settings_doc(args: argparse.Namespace) -> int:

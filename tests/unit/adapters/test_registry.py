@@ -380,8 +380,8 @@ class TestDeletion:
 
 class TestFailure:
     @staticmethod
-    def flip_a_bit(store: AdapterStore, digest: str) -> None:
-        path = store.path(digest) / WEIGHTS_FILE
+    def flip_a_bit(store: AdapterStore, digest: str, file: str = WEIGHTS_FILE) -> None:
+        path = store.path(digest) / file
         content = bytearray(path.read_bytes())
         content[-3] ^= 4
         path.write_bytes(content)
@@ -402,6 +402,33 @@ class TestFailure:
         assert register(again, written["a"], replace=True).digest == digest
         assert again.pin(digest).digest == digest
         assert state(again, digest) is AdapterState.READY
+
+    @pytest.mark.parametrize("file", [WEIGHTS_FILE, "adapter_config.json"])
+    def test_a_flipped_bit_is_found_at_start_and_the_others_are_served(
+        self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path], file: str
+    ):
+        known = digests(make_registry(store, model, 10 * FACTOR_BYTES), written)
+        self.flip_a_bit(store, known["b"], file)
+        again = make_registry(store, model, 10 * FACTOR_BYTES)
+        assert again.check_stored() == 1
+        for name, digest in known.items():
+            assert state(again, digest) is (AdapterState.FAILED if name == "b" else AdapterState.STORED)
+            if name != "b":
+                assert again.pin(digest).digest == digest
+        assert "changed since the upload" in (again.status(known["b"]).reason or "")
+        with pytest.raises(AdapterUnavailable, match="upload it again"):
+            again.pin(known["b"])
+
+    def test_a_bit_that_flips_after_the_start_is_found_when_it_is_loaded(
+        self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path]
+    ):
+        digest = register(make_registry(store, model, FACTOR_BYTES), written["a"]).digest
+        again = make_registry(store, model, FACTOR_BYTES)
+        assert again.check_stored() == 0
+        self.flip_a_bit(store, digest)
+        with pytest.raises(AdapterUnavailable, match="upload it again"):
+            again.pin(digest)
+        assert state(again, digest) is AdapterState.FAILED
 
     def test_another_base_after_a_restart(
         self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path], tmp_path: Path
