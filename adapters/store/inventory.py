@@ -95,7 +95,7 @@ def take_inventory(connection: sqlite3.Connection, blobs: BlobDirectory) -> Inve
     return Inventory(
         versions=tuple(map(_version, rows)),
         current={(row[0], row[1]): row[2] for row in connection.execute("SELECT tenant, name, digest FROM adapters")},
-        active=tuple(connection.execute("SELECT tenant, name FROM activations ORDER BY tenant")),
+        active=tuple(connection.execute("SELECT owner, name FROM activations ORDER BY tenant")),
         intact={digest: blobs.is_intact(digest) for digest in sorted(blobs.digests())},
         leftovers=tuple(blobs.leftovers()),
     )

@@ -215,5 +215,5 @@ def _mend_rows(connection: sqlite3.Connection, inventory: Inventory) -> None:
             )
     connection.execute(
         "DELETE FROM activations WHERE NOT EXISTS"
-        " (SELECT 1 FROM adapters a WHERE a.tenant = activations.tenant AND a.name = activations.name)"
+        " (SELECT 1 FROM adapters a WHERE a.tenant = activations.owner AND a.name = activations.name)"
     )

@@ -174,10 +174,8 @@ class _Exchange:
         for choice in body["choices"]:
             if whole and choice["finish_reason"] is None:
                 raise self._broken("a whole answer holds a choice that has not ended")
-            if "text" in choice:
-                text = choice["text"]
-            else:
-                text = choice["message" if whole else "delta"].get("content") or ""
+            said = choice if "text" in choice else choice["message" if whole else "delta"]
+            text = said.get("text") or said.get("content") or ""
             self._texts[choice["index"]] = self._texts.get(choice["index"], "") + text
 
     def _broken(self, what: str) -> ContractBroken:

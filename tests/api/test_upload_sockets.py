@@ -13,7 +13,7 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.store import digest_of
-from service.api.middleware.auth import hash_key
+from service.api.keys import ApiKey
 from tests.api.conftest import Server
 from tests.api.listening import RawClient, eventually, listening
 
@@ -45,7 +45,7 @@ class Counted:
 
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
-    return make_server(api_keys=frozenset({hash_key(KEY)}), max_upload_bytes=LIMIT, upload_timeout_s=60.0)
+    return make_server(keys=[ApiKey.of(KEY)], max_upload_bytes=LIMIT, upload_timeout_s=60.0)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_an_earlier_version_takes_over_from_one_that_is_lost(
     with closing(AdapterStore(data_dir)) as store:
         record = store.get(SHARED, "sql")
         assert [version.digest for version in record.versions] == [record.digest] == [digests["sql-1"]]
-        assert store.active(SHARED) == Activation(SHARED, "sql", "merge")
+        assert store.active(SHARED) == Activation(SHARED, "sql", "merge", SHARED)
         assert store.get(SHARED, "style").digest == digests["style"]
         assert_consistent(store, data_dir)
         assert publish(store, "sql", b"2").digest == digests["sql-2"]
@@ -177,7 +177,7 @@ def test_files_of_two_names_are_lost_to_both(data_dir: Path, digests: dict[str, 
         ("DELETE FROM adapters WHERE name = 'sql'", Problem.CURRENT, "sql"),
         ("UPDATE adapters SET digest = 'sha256:00' WHERE name = 'sql'", Problem.CURRENT, "sql"),
         ("INSERT INTO adapters VALUES ('', 'ghost', 'sha256:00', 1.0, 1.0)", Problem.CURRENT, "ghost"),
-        ("INSERT INTO activations VALUES ('acme', 'ghost', 'merge')", Problem.ACTIVATION, "acme/ghost"),
+        ("INSERT INTO activations VALUES ('acme', 'acme', 'ghost', 'merge')", Problem.ACTIVATION, "acme/ghost"),
     ],
 )
 def test_rows_that_contradict_each_other(
