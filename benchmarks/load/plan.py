@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a load is made of. `tokens` bounds each answer, `longest` each prompt; `leaving` is the share that leaves."""
+    """What a load is made of. `tokens` bounds each answer, `longest` each prompt; `leaving` the share that leaves."""
 
     adapters: tuple[str, ...]
     tokens: int = 24
