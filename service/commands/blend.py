@@ -12,6 +12,7 @@ from adapters.checkpoint import TopKCheckpoint, read_checkpoint
 from adapters.export import write_adapter
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
+from service.commands import CommandError
 from service.commands.output import say, show_json, working
 
 
@@ -56,6 +57,10 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
 
 
 def _compact(directory: Path) -> TopKCheckpoint:
+    if not directory.is_dir():
+        raise CommandError(
+            f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
+        )
     checkpoint = read_checkpoint(directory)
     return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
 
