@@ -4,8 +4,8 @@
 
 Every way gets the same factors, of 2 and of 4 adapters. Its error is that of the layers' deltas against `Σ w · B @ A`
 in float64, relative to it. `weighted_factors` adds A's and B's separately, each by its weight, as LoRAX's linear merge
-does; PEFT's `add_weighted_adapter` does so by the weights' roots (`linear`), or stacks them (`cat`). Needs PEFT. Ends in
-one line of JSON.
+does; PEFT's `add_weighted_adapter` does so by the weights' roots (`linear`), or stacks them (`cat`). Needs PEFT. Ends
+in one line of JSON.
 """
 
 from __future__ import annotations
