@@ -58,7 +58,7 @@ class Stage:
 
     def server(self, *arguments: str, data: str, queue: int = QUEUE) -> Server:
         adapters = ",".join(f"{name}={self.folder / name}" for name in ADAPTERS)
-        limits = ("--max-batch-size", f"{BATCH}", "--max-queue", f"{queue}", "--threads", "1")
+        limits = ("--max-batch-size", f"{BATCH}", "--max-queue", f"{queue}", "--threads", "1", "--kv-memory", "64MiB")
         return Server(
             *("serve", "--model", str(self.folder / "base"), "--log-format", "json", *limits, *arguments),
             data_dir=self.folder / data,
