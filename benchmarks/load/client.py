@@ -174,9 +174,8 @@ class _Exchange:
         for choice in body["choices"]:
             if whole and choice["finish_reason"] is None:
                 raise self._broken("a whole answer holds a choice that has not ended")
-            said = choice if "text" in choice else choice["message" if whole else "delta"]
-            text = said.get("text") or said.get("content") or ""
-            self._texts[choice["index"]] = self._texts.get(choice["index"], "") + text
+            part = choice.get("message" if whole else "delta") or {"content": choice.get("text")}  # a chat's, or not
+            self._texts[choice["index"]] = self._texts.get(choice["index"], "") + (part.get("content") or "")
 
     def _broken(self, what: str) -> ContractBroken:
         return ContractBroken(f"{self._ask.name} ({self._ask.path}): {what}")
@@ -188,6 +187,6 @@ def by_ending(outcomes: Iterable[Outcome]) -> dict[str, int]:
 
 
 def quantile(values: Iterable[float], share: float) -> float | None:
-    """The smallest value that so large a share of them does not exceed; None of none."""
+    """The value below which that share of them lies; None of none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None

@@ -16,7 +16,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """`pins` are of all adapters; `finished` counts choices that ended since the start, `accepted` requests."""
+    """`pins` are of all adapters together; since the start, `accepted` requests came to `finished` choices."""
 
     queue_depth: int
     running: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a load is made of. `tokens` bounds each answer, `longest` each prompt; `leaving` the share that leaves."""
+    """What a load is made of. `tokens` bounds an answer, `longest` a prompt; `leaving` is that share of the clients."""
 
     adapters: tuple[str, ...]
     tokens: int = 24
@@ -102,7 +102,3 @@ class Mix:
         """Before the first byte, in the middle, or after the last token and before the end is read."""
         soon = Leaving(seconds=pick.choice([0.0, 0.001, 0.01, 0.05, 0.2]))
         return Leaving(events=pick.randint(1, self.tokens)) if ask.streams and pick.random() < 0.6 else soon
-
-
-def distinct_adapters(count: int) -> Sequence[str]:
-    return tuple(f"adapter-{i}" for i in range(count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -57,6 +58,9 @@ class EventSourceResponse(Response):
             try:
                 async for frame in self._frames:
                     await _send_frame(send, frame)
+                    # The next may be there already, and thousands more: others, and the news that the client has left,
+                    # get their turn in between.
+                    await asyncio.sleep(0)
             except OSError:
                 raise  # the server's way to say that the client has gone
             except Exception as error:

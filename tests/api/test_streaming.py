@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
+from service.api.sse import EventSourceResponse, data_frame
 from service.engine.events import EventSink
 from service.engine.sequence import GenerationRequest
 from tests.api.asgi import WAIT_S, exchange
@@ -176,3 +178,32 @@ async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> N
     stream = await asyncio.to_thread(loop.run_until_complete, submit())
     loop.close()
     stream._deliver(FailedEvent("id", "internal_error", "stopped"))
+
+
+async def test_a_backlog_of_events_holds_up_neither_others_nor_the_news_that_the_client_has_left() -> None:
+    """What is there already is sent without waiting for anything; between two frames the event loop gets its turn."""
+    sent: list[Message] = []
+    turns = 0
+
+    async def backlog() -> AsyncGenerator[str, None]:
+        for i in range(1000):
+            yield data_frame(f"{i}")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        nonlocal turns
+        while len(sent) < 10:
+            turns += 1
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    closed: list[bool] = []
+    response = EventSourceResponse(backlog(), headers={}, on_close=lambda: closed.append(True))
+    scope: dict[str, Any] = {"type": "http"}
+    await response(scope, receive, send)
+    assert turns >= 5
+    assert len(sent) < 20
+    assert closed == [True]
+    assert scope["state"]["error_code"] == "client_disconnected"

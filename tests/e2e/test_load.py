@@ -58,7 +58,7 @@ class Stage:
 
     def server(self, *arguments: str, data: str, queue: int = QUEUE) -> Server:
         adapters = ",".join(f"{name}={self.folder / name}" for name in ADAPTERS)
-        limits = ("--max-batch-size", f"{BATCH}", "--max-queue", f"{queue}", "--threads", "1")
+        limits = ("--max-batch-size", f"{BATCH}", "--max-queue", f"{queue}", "--threads", "1", "--kv-memory", "64MiB")
         return Server(
             *("serve", "--model", str(self.folder / "base"), "--log-format", "json", *limits, *arguments),
             data_dir=self.folder / data,
@@ -287,7 +287,7 @@ async def test_a_client_that_does_not_read_harms_nobody_and_is_given_up(stage: S
         assert server.stop() == 0
         ends = Counter((line["request_id"], line.get("code")) for line in access_log(server))
         assert ends["stalled", None] == ends["slow", None] == 1
-        assert ends["drowned", "client_disconnected"] + ends["drowned", "request_timeout"] == 1
+        assert ends["drowned", "client_disconnected"] + ends["drowned", "request_timeout"] == 1, ends
         for client in (*stalled, slow):
             client.close()
 

@@ -11,6 +11,7 @@ import pytest
 
 from adapters.errors import AdapterNotFound
 from adapters.factors import AdapterFactors
+from service.engine.detokenizer import TextStream
 from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
@@ -395,7 +396,8 @@ def test_a_text_that_cannot_be_decoded_when_its_request_is_cancelled_harms_no_ot
     bench.runner.gate.clear()
     events, other = bench.submit("unlucky"), bench.submit("well", prompt=(5,))
     assert bench.runner.entered.wait(10)
-    monkeypatch.setattr(Letters, "decode", lambda self, ids: "" if 2 not in ids and 1 not in ids else 1 / 0)
+    finish_text = TextStream.finish
+    monkeypatch.setattr(TextStream, "finish", lambda text: 1 / 0 if 2 in text._ids else finish_text(text))
     bench.engine.cancel("unlucky")
     bench.runner.gate.set()
     assert isinstance(finish(events)[1], FailedEvent)
