@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from adapters.store.database import UnreadableRow
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
 
 _VERSION = "digest, created_at, file_bytes, info"
@@ -26,7 +27,7 @@ class Catalog:
         ).fetchone()
         if row is None:
             return None
-        return _record(tenant, row, self._versions(tenant, name, name)[name])
+        return _record(tenant, row, self._versions(tenant, name, name))
 
     def page(self, tenant: str, limit: int, after: str) -> Page:
         rows = self._sql.execute(
@@ -38,7 +39,7 @@ class Catalog:
         if not shown:
             return [], None
         versions = self._versions(tenant, shown[0][0], shown[-1][0])
-        records = [_record(tenant, row, versions[row[0]]) for row in shown]
+        records = [_record(tenant, row, versions) for row in shown]
         return records, records[-1].name if len(rows) > limit else None
 
     def names(self, tenant: str) -> list[tuple[str, float]]:
@@ -132,10 +133,16 @@ class Catalog:
 
 def _version(row: tuple[Any, ...]) -> AdapterVersion:
     digest, created_at, file_bytes, info = row
-    return AdapterVersion(digest, created_at, file_bytes, json.loads(info))
+    try:
+        return AdapterVersion(digest, created_at, file_bytes, json.loads(info))
+    except (TypeError, ValueError) as error:
+        raise UnreadableRow(f"the row of version {digest} cannot be read") from error
 
 
-def _record(tenant: str, row: tuple[Any, ...], versions: tuple[AdapterVersion, ...]) -> AdapterRecord:
+def _record(tenant: str, row: tuple[Any, ...], by_name: Mapping[str, tuple[AdapterVersion, ...]]) -> AdapterRecord:
     name, digest, created_at, updated_at = row
-    current = next(version for version in versions if version.digest == digest)
+    versions = by_name.get(name, ())
+    current = next((version for version in versions if version.digest == digest), None)
+    if current is None:
+        raise UnreadableRow(f"adapter {name!r} has no version {digest}, which is its current one")
     return AdapterRecord(tenant, name, digest, created_at, updated_at, current.file_bytes, current.info, versions)
