@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from adapters.store.database import UnreadableRow
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
 
 _ADAPTER = "tenant, name, digest, created_at, updated_at"
@@ -33,7 +34,7 @@ class Catalog:
         ).fetchone()
         if row is None:
             return None
-        return _record(tenant, row, self._versions(tenant, name, name)[name])
+        return _record(tenant, row, self._versions(tenant, name, name))
 
     def page(self, tenant: str, limit: int, after: str) -> Page:
         """Of the tenant's adapters, and of the shared ones whose names it has not used itself."""
@@ -50,7 +51,7 @@ class Catalog:
             return [], None
         owners = {row[0] for row in shown}
         versions = {owner: self._versions(owner, shown[0][1], shown[-1][1]) for owner in owners}
-        records = [_record(owner, row, versions[owner][row[0]]) for owner, *row in shown]
+        records = [_record(owner, row, versions[owner]) for owner, *row in shown]
         return records, records[-1].name if len(rows) > limit else None
 
     def names(self, tenant: str) -> list[tuple[str, float]]:
@@ -146,10 +147,16 @@ class Catalog:
 
 def _version(row: tuple[Any, ...]) -> AdapterVersion:
     digest, created_at, file_bytes, info = row
-    return AdapterVersion(digest, created_at, file_bytes, json.loads(info))
+    try:
+        return AdapterVersion(digest, created_at, file_bytes, json.loads(info))
+    except (TypeError, ValueError) as error:
+        raise UnreadableRow(f"the row of version {digest} cannot be read") from error
 
 
-def _record(tenant: str, row: Sequence[Any], versions: tuple[AdapterVersion, ...]) -> AdapterRecord:
+def _record(tenant: str, row: Sequence[Any], by_name: Mapping[str, tuple[AdapterVersion, ...]]) -> AdapterRecord:
     name, digest, created_at, updated_at = row
-    current = next(version for version in versions if version.digest == digest)
+    versions = by_name.get(name, ())
+    current = next((version for version in versions if version.digest == digest), None)
+    if current is None:
+        raise UnreadableRow(f"adapter {name!r} has no version {digest}, which is its current one")
     return AdapterRecord(tenant, name, digest, created_at, updated_at, current.file_bytes, current.info, versions)

@@ -23,6 +23,7 @@ from adapters.store.files import storage_full
 
 _BUSY_TIMEOUT_S = 5.0
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_NO_TEXT = "Could not decode to UTF-8"  # Python's, and without a code
 _REFUSED = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -37,6 +38,10 @@ _REFUSED = frozenset(
 
 class CommitUncertain(StoreError):
     pass
+
+
+class UnreadableRow(Exception):
+    """Raised inside `reading` and `writing` for what SQLite hands out as it is, and cannot be right."""
 
 
 class DatabaseDamaged(StoreCorrupt):
@@ -99,6 +104,8 @@ class Database:
         """Inside, SQLite's errors are the store's."""
         try:
             yield self.connection
+        except UnreadableRow as error:
+            raise DatabaseDamaged(self.path, f"damaged ({error})") from error
         except sqlite3.Error as error:
             translated = self._translated(error)
             if translated is None:
@@ -154,6 +161,14 @@ class Database:
                 "start the newer release that wrote it, or restore a backup from before the upgrade"
             )
 
+    def check_references(self) -> None:
+        """Raises DatabaseDamaged where a row names another that is not there."""
+        with self.reading() as connection:
+            broken = connection.execute("PRAGMA foreign_key_check").fetchone()
+        if broken is not None:
+            table, _, missing, _ = broken
+            raise DatabaseDamaged(self.path, f"damaged (a row of {table} names one of {missing} that is not there)")
+
     def check_integrity(self) -> None:
         """Reads all of the file, indexes included. Raises DatabaseDamaged."""
         with self.reading() as connection:
@@ -174,7 +189,7 @@ class Database:
         code = _primary_code(error)
         if code == sqlite3.SQLITE_FULL:
             return storage_full()
-        if code in _CORRUPT:
+        if code in _CORRUPT or str(error).startswith(_NO_TEXT):
             return DatabaseDamaged(self.path, f"damaged ({error})")
         if code in _REFUSED:
             return StoreError(f"the adapter store cannot use {self.path}: {error}")

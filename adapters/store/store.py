@@ -69,6 +69,7 @@ class AdapterStore:
             self._refuse_lost_database()
             self._backup = Backup(self._database.path, self._blobs.tmp)
             self._upgrade()
+            self._database.check_references()  # else the files of rows that are lost would be swept up
             with self._reading() as catalog:
                 orphans = self._blobs.sweep(catalog.digests())
             self._reserve = Reserve(data_dir / "reserve")

@@ -61,7 +61,7 @@ def fetch_from_hub(
     return resolved
 
 
-class _NotEncrypted(HTTPError):  # type: ignore[misc]
+class _NotEncrypted(HTTPError):  # type: ignore[misc]  # untyped, as all of the Hub's client is here
     """A request, or a redirect, to an address that is not https."""
 
 

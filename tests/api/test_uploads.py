@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import Callable
 
 import httpx
@@ -250,6 +252,24 @@ def test_a_full_disk_is_507(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("service.api.uploads._FilePart.write", full)
     error_of(server.upload("sql"), 507, "storage_full")
     server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("function", ["mkdir", "fsync", "rename"])
+def test_a_disk_that_fills_up_later_is_507_too(server: Server, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    server.upload("sql", activate="true")
+    before = server.client.get("/v1/adapters/sql").json()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, full)
+        error_of(server.upload("sql", "two", "?replace=true"), 507, "storage_full")
+        error_of(server.upload("new", "two"), 507, "storage_full")
+    assert server.client.get("/v1/adapters/sql").json() == before
+    assert server.store.count("") == 1
+    assert list((server.data_dir / "tmp").iterdir()) == []
+    assert server.upload("sql", "two", "?replace=true").status_code == 201
 
 
 @pytest.mark.anyio

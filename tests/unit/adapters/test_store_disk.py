@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import adapters
-from adapters.errors import StorageFull, StoreCorrupt, StoreError
+from adapters.errors import StorageFull, StoreCorrupt, StoreError, UnsupportedCheckpoint
 from adapters.store import AdapterStore, schema
 from adapters.store.reserve import Reserve
 from tests.unit.adapters.store_support import SHARED, assert_consistent, blobs, publish
@@ -208,6 +209,36 @@ class TestFailingDisk:
             AdapterStore(tmp_path / "data")
 
 
+class TestStagedFiles:
+    """Nothing but plain files of our own ever becomes a blob."""
+
+    @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "directory", "socket", "empty"])
+    def test_anything_else_is_refused(self, store: AdapterStore, data_dir: Path, tmp_path: Path, kind: str) -> None:
+        secret = tmp_path / "secret"
+        secret.write_text("secret")
+        secret.chmod(0o644)
+        with store.staging() as staged:
+            odd = staged / "adapter_model.safetensors"
+            match kind:
+                case "link":
+                    odd.symlink_to(secret)
+                case "dangling link":
+                    odd.symlink_to(tmp_path / "none")
+                case "hard link":
+                    os.link(secret, odd)
+                case "pipe":
+                    os.mkfifo(odd)
+                case "directory":
+                    odd.mkdir()
+                case "socket":
+                    os.mknod(odd, stat.S_IFSOCK)
+            with pytest.raises(UnsupportedCheckpoint):
+                store.publish(SHARED, "sql", staged, {})
+        assert store.count(SHARED) == 0
+        assert_consistent(store, data_dir)
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o644
+
+
 class TestOpening:
     def test_debris_is_swept_up(self, store: AdapterStore, data_dir: Path) -> None:
         record = publish(store, "sql", b"1")
@@ -284,6 +315,84 @@ class TestOpening:
         path.write_bytes(image)
         with pytest.raises(StoreCorrupt, match="restore it from a backup"):
             AdapterStore(data_dir)
+        assert len(blobs(data_dir)) == 1
+
+    @pytest.mark.parametrize("size", [1, 99, 100, 512, 4095, 4096, 4097, 8192, 12288, -4096])
+    def test_a_truncated_database(self, store: AdapterStore, data_dir: Path, size: int) -> None:
+        for n in range(5):
+            publish(store, f"sql-{n}", b"1", info={"text": "x" * 4000})
+        store.close()
+        path = data_dir / "store.sqlite3"
+        os.truncate(path, size if size > 0 else path.stat().st_size + size)
+        with pytest.raises(StoreCorrupt, match="restore it from a backup") as refusal:
+            AdapterStore(data_dir)
+        assert str(path) in str(refusal.value)
+        assert f"`vblora-serve doctor --data-dir {data_dir} --repair`" in str(refusal.value)
+        assert len(blobs(data_dir)) == 1
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE versions SET info = '{'",
+            "UPDATE versions SET info = CAST(x'7bff7d' AS TEXT)",
+            "UPDATE versions SET info = x'ff'",
+        ],
+    )
+    def test_a_row_that_cannot_be_right(self, store: AdapterStore, data_dir: Path, statement: str) -> None:
+        """SQLite keeps no checksums: a flipped bit in a row passes its checks."""
+        publish(store, "sql", b"1")
+        store.close()
+        with closing(sqlite3.connect(data_dir / "store.sqlite3", isolation_level=None)) as database:
+            database.execute(statement)
+        with closing(AdapterStore(data_dir)) as reopened:
+            with pytest.raises(StoreCorrupt, match="vblora-serve doctor"):
+                reopened.get(SHARED, "sql")
+            with pytest.raises(StoreCorrupt, match="vblora-serve doctor"):
+                reopened.list(SHARED)
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE adapters SET digest = 'sha256:00'",
+            "DELETE FROM versions",
+            "DELETE FROM adapters",
+            "INSERT INTO activations VALUES ('', 'ghost', 'switch')",
+        ],
+    )
+    def test_rows_that_name_others_that_are_lost(self, store: AdapterStore, data_dir: Path, statement: str) -> None:
+        """What they named must not be taken for debris."""
+        publish(store, "sql", b"1")
+        store.close()
+        with closing(sqlite3.connect(data_dir / "store.sqlite3", isolation_level=None)) as database:
+            database.execute(statement)
+        with pytest.raises(StoreCorrupt, match=r"is not there.*vblora-serve doctor"):
+            AdapterStore(data_dir)
+        assert len(blobs(data_dir)) == 1
+
+    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+    def test_a_directory_that_cannot_be_written(
+        self, store: AdapterStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        publish(store, "sql", b"1")
+        store.close()
+        real = os.open
+
+        def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:
+            if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, flags, *args, **options)
+
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(StoreError, match="cannot use its files") as refusal:
+            AdapterStore(data_dir)
+        assert str(data_dir) in str(refusal.value)
+        assert len(blobs(data_dir)) == 1
+
+    def test_a_database_that_cannot_be_written(self, store: AdapterStore, data_dir: Path) -> None:
+        publish(store, "sql", b"1")
+        store._database.connection.execute("PRAGMA query_only = ON")
+        with pytest.raises(StoreError, match="cannot use"):
+            publish(store, "sql", b"2")
         assert len(blobs(data_dir)) == 1
 
     def test_damage_found_later(self, store: AdapterStore) -> None:
