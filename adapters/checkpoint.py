@@ -152,7 +152,7 @@ class LogitsCheckpoint:
             for layer in self.layout.layers
             for side in self.logits[layer.name]
         ]
-        indices = torch.cat([indices for indices, _ in chosen]).to(_index_dtype(self.config))
+        indices = torch.cat([indices for indices, _ in chosen]).to(index_dtype(self.config))
         weights = lower_to_sum_of_one(torch.cat([weights for _, weights in chosen])[:, :-1])
         return TopKCheckpoint(_with_storage(self.layout, Storage.TOPK), self.bank, indices, weights, self.extras)
 
@@ -200,7 +200,7 @@ def _read_topk(layout: AdapterLayout, read: ReadTensor) -> TopKCheckpoint:
     weights = _packed([f"{key}_topk_weights" for key in keys], read)
     _check_packed(indices, partial(_check_indices, num_vectors=config.num_vectors))
     _check_packed(weights, partial(_check_weights, topk=config.topk))
-    return TopKCheckpoint(layout, bank, indices.tensor.to(_index_dtype(config)), weights.tensor, extras)
+    return TopKCheckpoint(layout, bank, indices.tensor.to(index_dtype(config)), weights.tensor, extras)
 
 
 def _read_logits(layout: AdapterLayout, read: ReadTensor) -> LogitsCheckpoint:
@@ -330,7 +330,7 @@ def lower_to_sum_of_one(weights: Tensor) -> Tensor:
     return weights
 
 
-def _index_dtype(config: VBLoRAConfig) -> torch.dtype:
+def index_dtype(config: VBLoRAConfig) -> torch.dtype:
     return _INDEX_DTYPES[index_width(config.num_vectors).dtype]
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from adapters.config import CONFIG_FILE
 from adapters.errors import AdapterError, AdapterTooLarge, StoreError
 from adapters.registry import AdapterRegistry
-from adapters.store import check_name, digest_of
+from adapters.store import SHARED, check_name, digest_of
 from service.api.adapter_files import ADAPTER_FILES
 from service.api.directories import copy_child, open_directory
 from service.api.errors import ApiError
-from service.api.registration import SHARED, register, register_unless_known
+from service.api.registration import register, register_unless_known
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,11 @@ from service.api.middleware.uncaught import UncaughtErrors
 from service.api.routes import (
     activation,
     adapters,
+    blends,
     chat,
     completions,
     docs,
+    exports,
     generate,
     health,
     lora,
@@ -42,6 +44,8 @@ _API_ROUTERS = (
     models.router,
     adapters.router,
     activation.router,
+    blends.router,
+    exports.router,
     parameters.router,
     lora.router,
     tokenize.router,
@@ -71,7 +75,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     app.include_router(docs.router)
     # Added innermost first.
     app.add_middleware(BodyLimits, settings=state.settings)
-    app.add_middleware(Authentication, settings=state.settings)
+    app.add_middleware(Authentication, keys=state.keys, metrics_public=state.settings.metrics_public)
     app.add_middleware(UncaughtErrors)
     if state.settings.cors_origins:
         app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)

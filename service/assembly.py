@@ -14,13 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
-from adapters.store import AdapterStore
+from adapters.store import SHARED, AdapterStore
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
 from service.api.deps import ApiSettings, BaseInfo, ServerState
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern, HubTemplate
-from service.api.registration import SHARED, register_unless_known
+from service.api.keys import ApiKey, KeyFileError, KeyRing, load_key_file
+from service.api.registration import register_unless_known
 from service.api.resolver import AdapterResolver, DirectorySource, HubSource, NameSource
 from service.api.sources import fetch_own_source
 from service.engine.base_model import LoadedBase, identify, load_base
@@ -29,7 +30,7 @@ from service.engine.seam import Engine
 from service.engine.threads import compute_with, in_own_thread
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
-from service.settings import Settings, SettingsError, load_api_keys
+from service.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def build_server(settings: Settings) -> Server:
     Raises SettingsError, BaseModelError, or StoreError when another server owns the data directory.
     """
     assert settings.model is not None
-    api_keys = load_api_keys(settings.api_key_file) if settings.api_key_file else frozenset[str]()
+    keys = KeyRing(load_keys(settings.api_key_file) if settings.api_key_file else ())
     threads = settings.threads or torch.get_num_threads()
     compute_with(1)
     with ExitStack() as opened:
@@ -74,7 +75,8 @@ def build_server(settings: Settings) -> Server:
         compute_with(1)  # as the engine's thread was not: what computes from here on does so alone
         opened.callback(engine.stop)
         state = ServerState(
-            settings=_api_settings(settings, base, api_keys),
+            settings=_api_settings(settings, base),
+            keys=keys,
             store=store,
             registry=registry,
             engine=engine,
@@ -169,7 +171,15 @@ def _engine_options(settings: Settings) -> EngineOptions:
     )
 
 
-def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]) -> ApiSettings:
+def load_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The API keys of a file. Raises SettingsError."""
+    try:
+        return load_key_file(path)
+    except KeyFileError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _api_settings(settings: Settings, base: LoadedBase) -> ApiSettings:
     return ApiSettings(
         served_model_name=base.id,
         base_names=base.identity.names | {base.id},
@@ -180,7 +190,6 @@ def _api_settings(settings: Settings, base: LoadedBase, api_keys: frozenset[str]
         allow_source=tuple(source for source in settings.allow_source if isinstance(source, Path)),
         allow_hub=tuple(HubPattern.parse(source) for source in settings.allow_source if isinstance(source, str)),
         source_timeout_s=settings.source_timeout_s,
-        api_keys=api_keys,
         metrics_public=settings.metrics_public,
         cors_origins=settings.cors_origin,
         log_prompts=settings.log_prompts,

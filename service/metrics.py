@@ -20,12 +20,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapters.errors import StoreError
+from adapters.store import SHARED
 from service.engine.events import FinishReason
 from service.engine.selection import BASE
 
 if TYPE_CHECKING:
     from adapters.registry import AdapterRegistry
     from adapters.store import AdapterStore
+    from service.engine.events import Usage
     from service.engine.seam import Engine
     from service.engine.selection import Selection
 
@@ -37,6 +39,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15,
 MOST_NAMES = 100  # adapters with a series of their own
 BLEND, OTHER = "blend", "other"
 FAILED = "failed"  # beside the finish reasons
+SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
 
 class PrometheusMetrics:
@@ -78,12 +81,31 @@ class PrometheusMetrics:
             "vblora_generation_seconds", "From a generation request's submission to its last token.", SECONDS
         )
         self._labels = AdapterLabels(MOST_NAMES)
+        self._tenants = CollectorRegistry()
+        self._of_tenants = {
+            name: Counter(f"vblora_tenant_{name}", help, ["tenant"], registry=self._tenants)
+            for name, help in (
+                ("generations", "Generation requests that ran to their end or were cancelled, by tenant."),
+                ("prompt_tokens", "Prompt tokens of these, cached ones included."),
+                ("completion_tokens", "Tokens generated for these."),
+            )
+        }
         self._registry.register(_Server(engine, registry, store))
         ProcessCollector(registry=self._registry)
 
-    def render(self) -> tuple[bytes, str]:
-        """The metrics as Prometheus reads them, and their content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+    def render(self, reader: str | None = None) -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type.
+
+        `reader` is the tenant whose key asked: the shared one sees everything, any other its own use alone; None, for
+        nobody in particular, all but what tells of tenants.
+        """
+        if reader is None:
+            content = generate_latest(self._registry)
+        elif reader == SHARED:
+            content = generate_latest(self._registry) + generate_latest(self._tenants)
+        else:
+            content = generate_latest(_OfTenant(self._tenants, reader))
+        return content, CONTENT_TYPE_LATEST
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
         """One response. `route` is the route's template, not a path: paths would make labels without end."""
@@ -97,6 +119,12 @@ class PrometheusMetrics:
     def count_generation(self, selection: Selection, tenant: str) -> None:
         """One request that the engine has accepted, by what it runs with."""
         self._generations.labels(self._labels.of(selection, tenant)).inc()
+
+    def count_usage(self, tenant: str, usage: Usage) -> None:
+        """One request that has ended without failing, on its tenant's account."""
+        counted = {"generations": 1, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        for name, amount in counted.items():
+            self._of_tenants[name].labels(_shown(tenant)).inc(amount)
 
     def observe_first_token(self, seconds: float) -> None:
         """From a request's submission to its first token."""
@@ -117,6 +145,23 @@ class PrometheusMetrics:
 
     def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, documentation, buckets=buckets, registry=self._registry)
+
+
+def _shown(tenant: str) -> str:
+    return tenant or SHARED_TENANT
+
+
+class _OfTenant(Collector):
+    """What a registry says of one tenant."""
+
+    def __init__(self, registry: CollectorRegistry, tenant: str) -> None:
+        self._registry = registry
+        self._tenant = tenant
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if sample.labels.get("tenant") == self._tenant]
+            yield metric
 
 
 class AdapterLabels:

@@ -10,7 +10,6 @@ Each is a flag (`--max-batch-size`), a variable (`VBLORA_MAX_BATCH_SIZE`) and a 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -120,7 +119,9 @@ class Settings:
     )
     max_upload: int = _setting(BYTES, 256 << 20, "The largest upload of an adapter.")
     upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
-    request_timeout_s: float = _setting(SECONDS, 300.0, "How long a generation may take, waiting included.")
+    request_timeout_s: float = _setting(
+        SECONDS, 300.0, "How long a generation may take, waiting included, and a client may take nothing of it."
+    )
     drain_timeout_s: float = _setting(SECONDS, 30.0, "How long running requests may go on after SIGTERM.")
     source_timeout_s: float = _setting(SECONDS, 60.0, "How long an adapter may take to arrive from the Hub.")
     allow_source: tuple[Path | str, ...] = _setting(
@@ -139,7 +140,9 @@ class Settings:
         PATH, None, "A directory whose sub-directories are adapters: registered at start, and again when they change."
     )
     adapters_dir_interval_s: float = _setting(SECONDS, 5.0, "How often --adapters-dir is looked through.")
-    api_key_file: Path | None = _setting(PATH, None, "A file of API keys, one a line. Without it no key is asked for.")
+    api_key_file: Path | None = _setting(
+        PATH, None, "A file of API keys, as `vblora-serve key` writes it. Without it no key is asked for."
+    )
     metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
     cors_origin: tuple[str, ...] = _setting(
         ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
@@ -263,40 +266,25 @@ def _value(kind: Kind, where: str, value: Any) -> Any:
         raise SettingsError(f"{where} is {value!r}; expected {kind.expected}") from None
 
 
-def load_api_keys(path: Path) -> frozenset[str]:
-    """The SHA-256 hex digests of the keys in a file: one a line; blank lines and # comments are passed over.
-
-    Raises SettingsError for a file that cannot be read or holds no key. The keys themselves are kept nowhere.
-    """
-    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in _read_keys(path))
-
-
 def load_api_key(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """A client's key: the first in a file, else VBLORA_API_KEY, else none. Raises SettingsError."""
+    """A client's key: the first line of a file, else VBLORA_API_KEY, else none. Raises SettingsError."""
     if path is not None:
-        return _read_keys(path)[0]
+        return _read_key(path)
     key = environ.get(API_KEY_VARIABLE, "").strip()
     if not _is_key(key):
         raise SettingsError(f"{API_KEY_VARIABLE} has characters that no HTTP header carries")
     return key or None
 
 
-def _read_keys(path: Path) -> list[str]:
+def _read_key(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise SettingsError(f"the API key file {path} cannot be read: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not keys:
-        raise SettingsError(f"the API key file {path} holds no key; write one a line, or leave the setting out")
-    if not all(map(_is_key, keys)):
-        raise SettingsError(
-            f"a key in {path} has characters that no HTTP header carries; use letters, digits and - . _"
-        )
-    if mode & 0o077:
-        log.warning("the API key file %s can be read by other users; chmod 600 it", path)
-    return keys
+    if not keys or not _is_key(keys[0]) or keys[0].startswith("sha256:"):
+        raise SettingsError(f"the API key file {path} does not begin with a key: write the key there, on one line")
+    return keys[0]
 
 
 def _is_key(text: str) -> bool:

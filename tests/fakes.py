@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -62,11 +62,12 @@ class FakeEngine:
         self.cancelled = threading.Event()
         self._cancelled_ids: set[str] = set()
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+    def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.requests.append(request)
-        threading.Thread(target=self._run, args=(request, sink), daemon=True).start()
+        self.requests += requests
+        for request in requests:
+            threading.Thread(target=self._run, args=(request, sink), daemon=True).start()
         self.submitted.set()
 
     def cancel(self, request_id: str) -> None:
@@ -157,9 +158,10 @@ class FakeMetrics:
         self.generations: list[tuple[str, str]] = []
         self.finished: Counter[str] = Counter()
         self.observed: Counter[str] = Counter()
+        self.usage: Counter[str] = Counter()
 
-    def render(self) -> tuple[bytes, str]:
-        return b"fake_metric 1\n", "text/plain; version=0.0.4; charset=utf-8"
+    def render(self, reader: str | None) -> tuple[bytes, str]:
+        return f"fake_metric 1\n# for {reader}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
         assert seconds >= 0
@@ -167,6 +169,9 @@ class FakeMetrics:
 
     def count_error(self, code: str) -> None:
         self.errors[code] += 1
+
+    def count_usage(self, tenant: str, usage: Usage) -> None:
+        self.usage[tenant] += usage.completion_tokens
 
     def count_generation(self, selection: Selection, tenant: str) -> None:
         self.generations.append((selection.header, tenant))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
 
+_ADAPTER = "tenant, name, digest, created_at, updated_at"
 _VERSION = "digest, created_at, file_bytes, info"
+
+# The shared adapters that a tenant sees under their names: those that it has none of its own for.
+_SHARED_WITH = (
+    "tenant = '' AND :tenant != ''"
+    " AND NOT EXISTS (SELECT 1 FROM adapters own WHERE own.tenant = :tenant AND own.name = a.name)"
+)
 
 
 class Catalog:
@@ -29,22 +36,28 @@ class Catalog:
         return _record(tenant, row, self._versions(tenant, name, name)[name])
 
     def page(self, tenant: str, limit: int, after: str) -> Page:
+        """Of the tenant's adapters, and of the shared ones whose names it has not used itself."""
         rows = self._sql.execute(
-            "SELECT name, digest, created_at, updated_at FROM adapters"
-            " WHERE tenant = ? AND name > ? ORDER BY name LIMIT ?",
-            (tenant, after, limit + 1),
+            f"SELECT * FROM (SELECT {_ADAPTER} FROM adapters a WHERE tenant = :tenant AND name > :after"
+            "  ORDER BY name LIMIT :most)"
+            f" UNION ALL SELECT * FROM (SELECT {_ADAPTER} FROM adapters a WHERE {_SHARED_WITH} AND name > :after"
+            "  ORDER BY name LIMIT :most)"
+            " ORDER BY name LIMIT :most",
+            {"tenant": tenant, "after": after, "most": limit + 1},
         ).fetchall()
         shown = rows[:limit]
         if not shown:
             return [], None
-        versions = self._versions(tenant, shown[0][0], shown[-1][0])
-        records = [_record(tenant, row, versions[row[0]]) for row in shown]
+        owners = {row[0] for row in shown}
+        versions = {owner: self._versions(owner, shown[0][1], shown[-1][1]) for owner in owners}
+        records = [_record(owner, row, versions[owner][row[0]]) for owner, *row in shown]
         return records, records[-1].name if len(rows) > limit else None
 
     def names(self, tenant: str) -> list[tuple[str, float]]:
-        """(name, created_at) of every adapter, in order of name."""
+        """(name, created_at) of the same, in order of name."""
         return self._sql.execute(
-            "SELECT name, created_at FROM adapters WHERE tenant = ? ORDER BY name", (tenant,)
+            f"SELECT name, created_at FROM adapters a WHERE tenant = :tenant OR {_SHARED_WITH} ORDER BY name",
+            {"tenant": tenant},
         ).fetchall()
 
     def count(self, tenant: str) -> int:
@@ -86,15 +99,14 @@ class Catalog:
         return pruned
 
     def delete(self, tenant: str, name: str) -> None:
-        """Forget an adapter and, by the schema's cascades, its versions."""
-        self.deactivate(tenant, name)
+        """Forget an adapter and, by the schema's cascades, its versions and whoever's default it is."""
         self._sql.execute("DELETE FROM adapters WHERE tenant = ? AND name = ?", (tenant, name))
 
     def activate(self, activation: Activation) -> None:
         self._sql.execute(
-            "INSERT INTO activations (tenant, name, mode) VALUES (?, ?, ?)"
-            " ON CONFLICT (tenant) DO UPDATE SET name = excluded.name, mode = excluded.mode",
-            (activation.tenant, activation.name, activation.mode),
+            "INSERT INTO activations (tenant, owner, name, mode) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (tenant) DO UPDATE SET owner = excluded.owner, name = excluded.name, mode = excluded.mode",
+            (activation.tenant, activation.owner, activation.name, activation.mode),
         )
 
     def deactivate(self, tenant: str, name: str) -> bool:
@@ -102,7 +114,9 @@ class Catalog:
         return cursor.rowcount > 0
 
     def active(self, tenant: str) -> Activation | None:
-        row = self._sql.execute("SELECT tenant, name, mode FROM activations WHERE tenant = ?", (tenant,)).fetchone()
+        row = self._sql.execute(
+            "SELECT tenant, name, mode, owner FROM activations WHERE tenant = ?", (tenant,)
+        ).fetchone()
         return None if row is None else Activation(*row)
 
     def refers_to(self, digest: str) -> bool:
@@ -135,7 +149,7 @@ def _version(row: tuple[Any, ...]) -> AdapterVersion:
     return AdapterVersion(digest, created_at, file_bytes, json.loads(info))
 
 
-def _record(tenant: str, row: tuple[Any, ...], versions: tuple[AdapterVersion, ...]) -> AdapterRecord:
+def _record(tenant: str, row: Sequence[Any], versions: tuple[AdapterVersion, ...]) -> AdapterRecord:
     name, digest, created_at, updated_at = row
     current = next(version for version in versions if version.digest == digest)
     return AdapterRecord(tenant, name, digest, created_at, updated_at, current.file_bytes, current.info, versions)

@@ -9,6 +9,9 @@ from typing import Any, TypeAlias
 from adapters.errors import AdapterNotFound, InvalidSelection
 from adapters.store.names import check_digest_prefix
 
+SHARED = ""
+"""The tenant whose adapters every tenant reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
@@ -56,11 +59,15 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A tenant's default for requests that name no adapter; `mode` is "switch" or "merge"."""
+    """A tenant's default for requests that name no adapter; `mode` is "switch" or "merge".
+
+    The adapter is the `owner`'s: the tenant itself, or the shared one.
+    """
 
     tenant: str
     name: str
     mode: str
+    owner: str
 
 
 Page: TypeAlias = tuple[list[AdapterRecord], str | None]

@@ -42,6 +42,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID
         """,
     ),
+    (  # a tenant may make a shared adapter its default
+        """
+        CREATE TABLE defaults (
+            tenant TEXT NOT NULL PRIMARY KEY,
+            owner TEXT NOT NULL,  -- of the adapter: the tenant, or ''
+            name TEXT NOT NULL,
+            mode TEXT NOT NULL CHECK (mode IN ('switch', 'merge')),
+            FOREIGN KEY (owner, name) REFERENCES adapters (tenant, name) ON DELETE CASCADE
+        ) WITHOUT ROWID
+        """,
+        "INSERT INTO defaults SELECT tenant, tenant, name, mode FROM activations",
+        "DROP TABLE activations",
+        "ALTER TABLE defaults RENAME TO activations",
+        "CREATE INDEX activations_by_adapter ON activations (owner, name)",  # for the cascade
+    ),
 )
 
 VERSION = len(MIGRATIONS)

@@ -16,16 +16,17 @@ from adapters.errors import (
     AdapterUnavailable,
     InvalidSelection,
     StorageFull,
-    StoreCorrupt,
     StoreError,
 )
+from adapters.store import schema
+from adapters.store.backup import Backup
 from adapters.store.blobs import BlobDirectory
 from adapters.store.catalog import Catalog
-from adapters.store.database import CommitUncertain, Database
+from adapters.store.database import CommitUncertain, Database, DatabaseDamaged
 from adapters.store.files import make_directory, storage_errors
 from adapters.store.lock import DirectoryLock
 from adapters.store.names import check_name, is_name
-from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
+from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion, Page
 from adapters.store.reserve import Reserve
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,14 @@ class AdapterStore:
             self._database = Database(data_dir / "store.sqlite3")
             opened.callback(self._database.close)
             self._refuse_lost_database()
-            self._database.migrate()
+            self._backup = Backup(self._database.path, self._blobs.tmp)
+            self._upgrade()
             with self._reading() as catalog:
                 orphans = self._blobs.sweep(catalog.digests())
             self._reserve = Reserve(data_dir / "reserve")
             self._reserve.fill()
+            self._backup.write()
+            opened.callback(self._backup.write_if_changed)
             self._opened = opened.pop_all()
         if leftovers or orphans:
             logger.info("swept up %d leftovers and %d unreferenced adapters' files", leftovers, orphans)
@@ -111,12 +115,18 @@ class AdapterStore:
                 self._drop_unreferenced([digest])
                 raise
             self._drop_unreferenced(pruned)
+        self._backup.note_change()
         return record
 
     def get(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter of that name. Raises AdapterNotFound."""
         with self._reading() as catalog:
             return _find(catalog, tenant, name)
+
+    def visible(self, tenant: str, name: str) -> AdapterRecord:
+        """The tenant's adapter of that name, else the shared one. Raises AdapterNotFound."""
+        with self._reading() as catalog:
+            return _find_visible(catalog, tenant, name)
 
     def version(self, tenant: str, name: str, digest_prefix: str | None = None) -> AdapterVersion:
         """The version whose digest starts with `digest_prefix` ("sha256:" and at least 8 digits), or the current.
@@ -129,8 +139,9 @@ class AdapterStore:
     def list(self, tenant: str, *, limit: int = 100, after: str | None = None) -> Page:
         """Up to `limit` adapters in order of name, from the first after `after`, and the `after` of the next page.
 
-        The name to continue after need not exist any more; the last page's is None. Raises InvalidSelection for
-        an `after` that cannot be a name.
+        They are those visible to the tenant: its own, and the shared ones whose names it has not used. The name to
+        continue after need not exist any more; the last page's is None. Raises InvalidSelection for an `after` that
+        cannot be a name.
         """
         if limit < 1:
             raise ValueError(f"limit is {limit}: a page has at least one adapter")
@@ -140,7 +151,7 @@ class AdapterStore:
             return catalog.page(tenant, limit, after or "")
 
     def names(self, tenant: str) -> Sequence[tuple[str, float]]:
-        """(name, Unix time of its creation) of every adapter of the tenant, in order of name.
+        """(name, Unix time of its creation) of every adapter visible to the tenant, in order of name.
 
         All at once, and little of each: a page's records carry every version with its info.
         """
@@ -162,6 +173,7 @@ class AdapterStore:
                 record = self._forget(tenant, name)
             self._drop_unreferenced(version.digest for version in record.versions)
             self._reserve.fill()
+        self._backup.note_change()
         return record
 
     def rollback(self, tenant: str, name: str, digest_prefix: str) -> AdapterRecord:
@@ -179,25 +191,29 @@ class AdapterStore:
                 )
             if version.digest != record.digest:
                 catalog.make_current(tenant, name, version.digest, time.time())
-            return _find(catalog, tenant, name)
+            record = _find(catalog, tenant, name)
+        self._backup.note_change()
+        return record
 
     def activate(self, tenant: str, name: str, mode: str) -> Activation:
-        """Make an adapter the tenant's default, in place of any other.
+        """Make an adapter visible to the tenant its default, in place of any other.
 
         Raises AdapterNotFound, or InvalidSelection for a mode that is neither "switch" nor "merge".
         """
         if mode not in MODES:
             raise InvalidSelection(f"mode is {mode[:80]!r}: it is one of {', '.join(MODES)}", subject="mode")
-        activation = Activation(tenant, name, mode)
         with self._writing() as catalog:
-            _find(catalog, tenant, name)
+            activation = Activation(tenant, name, mode, _find_visible(catalog, tenant, name).tenant)
             catalog.activate(activation)
+        self._backup.note_change()
         return activation
 
     def deactivate(self, tenant: str, name: str) -> bool:
         """Leave the tenant without a default; whether that adapter, existing or not, was it."""
         with self._writing() as catalog:
-            return is_name(name) and catalog.deactivate(tenant, name)
+            was_active = is_name(name) and catalog.deactivate(tenant, name)
+        self._backup.note_change()
+        return was_active
 
     def active(self, tenant: str) -> Activation | None:
         """The tenant's default."""
@@ -263,13 +279,16 @@ class AdapterStore:
             except (OSError, StoreError) as error:
                 logger.warning("the files of %s stay until the next start: %s", digest, error)
 
+    def _upgrade(self) -> None:
+        version = self._database.schema_version
+        if 0 < version < schema.VERSION:
+            self._backup.keep_before_upgrade(version)
+        self._database.migrate()
+
     def _refuse_lost_database(self) -> None:
         """Without this, a lost database would make every adapter on the disk an orphan, and sweep it."""
         if self._database.is_new and any(True for _ in self._blobs.digests()):
-            raise StoreCorrupt(
-                f"{self._database.path} is missing or empty, but {self._blobs.root} has adapters: "
-                "restore the database from a backup, or move blobs/ away to start afresh"
-            )
+            raise DatabaseDamaged(self._database.path, f"missing or empty, but {self._blobs.root} has adapters")
 
     @contextmanager
     def _reading(self) -> Iterator[Catalog]:
@@ -289,6 +308,12 @@ def _find(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
             f"no adapter is named {name[:140]!r}; list the adapters to see which there are", subject=name
         )
     return record
+
+
+def _find_visible(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
+    if tenant != SHARED and is_name(name) and (own := catalog.find(tenant, name)) is not None:
+        return own
+    return _find(catalog, SHARED, name)
 
 
 def _exists(existing: AdapterRecord, digest: str) -> AdapterExists:

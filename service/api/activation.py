@@ -39,7 +39,7 @@ async def activate(state: ServerState, tenant: str, name: str, mode: Mode) -> Ad
 
 def _activate(state: ServerState, tenant: str, name: str, mode: Mode) -> tuple[Selection, Activation | None]:
     """The adapter's selection, and what was active before."""
-    state.store.get(tenant, name)  # a name, not the base and not a pinned version
+    state.store.visible(tenant, name)  # a name, not the base and not a pinned version
     selection = resolve(state, tenant, SelectionSpec((WeightedName(name),), mode))
     before = state.store.active(tenant)
     state.store.activate(tenant, name, mode)
@@ -55,7 +55,7 @@ def _restore(state: ServerState, tenant: str, name: str, before: Activation | No
 
 
 def _show(state: ServerState, tenant: str, name: str) -> AdapterView:
-    return show(state, state.store.get(tenant, name))
+    return show(state, tenant, state.store.visible(tenant, name))
 
 
 async def _fold(state: ServerState, selection: Selection) -> FoldReport | None:

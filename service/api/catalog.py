@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from adapters.store import AdapterRecord, AdapterVersion
 from service.api.deps import ServerState
+from service.api.errors import ApiError
 from service.api.schemas.adapters import AdapterDetail, AdapterPage, AdapterView, VersionView, adapter_fields
 
 
-def show(state: ServerState, record: AdapterRecord) -> AdapterView:
+def show(state: ServerState, tenant: str, record: AdapterRecord) -> AdapterView:
+    """The adapter as that tenant sees it."""
     status = state.registry.status(record.digest)
-    active = state.store.active(record.tenant)
+    active = state.store.active(tenant)
     return AdapterView(**adapter_fields(record, status, active, state.settings.served_model_name))
 
 
@@ -29,11 +31,24 @@ def show_page(state: ServerState, tenant: str, limit: int, after: str | None) ->
 
 def show_detail(state: ServerState, tenant: str, name: str) -> AdapterDetail:
     """Raises AdapterNotFound."""
-    record = state.store.get(tenant, name)
-    fields = show(state, record).model_dump()
+    record = state.store.visible(tenant, name)
+    fields = show(state, tenant, record).model_dump()
     fields["target_modules"] = record.info["target_modules"]
     versions = [_show_version(state, record, version) for version in record.versions]
-    return AdapterDetail(**fields, config=record.info["config"], versions=versions)
+    return AdapterDetail(**fields, config=record.info["config"], blend=record.info.get("blend"), versions=versions)
+
+
+def own(state: ServerState, tenant: str, name: str) -> AdapterRecord:
+    """The tenant's own adapter of that name, which it may change. Raises AdapterNotFound; ApiError for a shared one."""
+    record = state.store.visible(tenant, name)
+    if record.tenant != tenant:
+        raise ApiError(
+            "forbidden",
+            f"{name!r} is shared with everyone and not this API key's to change: upload an adapter of that name, which "
+            "then takes its place for you",
+            param=name,
+        )
+    return record
 
 
 def _show_version(state: ServerState, record: AdapterRecord, version: AdapterVersion) -> VersionView:

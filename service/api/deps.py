@@ -11,11 +11,13 @@ import anyio
 from fastapi import Depends, Request
 
 from adapters.registry import AdapterRegistry
-from adapters.store import AdapterStore
+from adapters.store import SHARED, AdapterStore
 from adapters.targets import BaseModules
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern
+from service.api.keys import KeyRing, key_of
 from service.api.resolver import AdapterResolver
+from service.engine.events import Usage
 from service.engine.seam import Engine
 from service.engine.selection import BASE, Selection
 
@@ -31,8 +33,7 @@ class ApiSettings:
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
     `request_timeout_s` bounds generation; a request may ask for less. `default_max_tokens` bounds the answers of chats
     that name no bound. Adapters may be read from the directories in `allow_source` and the repositories that
-    `allow_hub` covers, within `source_timeout_s` from the Hub. `api_keys` are SHA-256 digests in hex
-    (`service.api.middleware.auth.hash_key`); without any, no key is asked for. With `log_prompts` the access log gets
+    `allow_hub` covers, within `source_timeout_s` from the Hub. With `log_prompts` the access log gets
     prompts and outputs.
     """
 
@@ -47,7 +48,6 @@ class ApiSettings:
     allow_source: tuple[Path, ...] = ()
     allow_hub: tuple[HubPattern, ...] = ()
     source_timeout_s: float = 60.0
-    api_keys: frozenset[str] = frozenset()
     metrics_public: bool = False
     cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
@@ -123,8 +123,8 @@ class Tokenizer(Protocol):
 class Metrics(Protocol):
     """Where the HTTP layer counts. Every method may be called from any thread."""
 
-    def render(self) -> tuple[bytes, str]:
-        """The metrics as Prometheus reads them, and their content type."""
+    def render(self, reader: str | None) -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type; as that tenant may see them, None: anyone."""
         ...
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
@@ -133,6 +133,10 @@ class Metrics(Protocol):
 
     def count_error(self, code: str) -> None:
         """One error answered, by the `code` of its envelope."""
+        ...
+
+    def count_usage(self, tenant: str, usage: Usage) -> None:
+        """One request that has ended without failing, on its tenant's account."""
         ...
 
     def count_generation(self, selection: Selection, tenant: str) -> None:
@@ -173,6 +177,7 @@ class ServerState:
     metrics: Metrics
     guidance: Guidance
     resolver: AdapterResolver | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
     fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
 
@@ -184,8 +189,9 @@ async def server_state(request: Request) -> ServerState:
 
 
 async def tenant_of(request: Request) -> str:
-    """Whose adapters the request sees: always the shared tenant's, as long as keys name no tenant."""
-    return ""
+    """Whose adapters the request sees and changes: its key's tenant, the shared one without keys."""
+    key = key_of(request.scope)
+    return SHARED if key is None else key.tenant
 
 
 State = Annotated[ServerState, Depends(server_state)]

@@ -19,12 +19,12 @@ from typing import Protocol
 
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, InvalidName
 from adapters.registry import AdapterRegistry
-from adapters.store import check_name
+from adapters.store import SHARED, check_name
 from service.api.directories import copy_child
 from service.api.errors import ApiError
 from service.api.hub import fetch_from_hub
 from service.api.hub_ids import HubTemplate
-from service.api.registration import SHARED, register
+from service.api.registration import register
 from service.api.source_errors import SourceNotFound
 from service.engine.errors import Overloaded
 

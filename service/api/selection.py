@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection
 from adapters.registry import AdapterState
-from adapters.store import AdapterRecord
+from adapters.store import SHARED, AdapterRecord
 from service.api.deps import ServerState
-from service.api.registration import SHARED
 from service.engine.selection import Mode, SelectedAdapter, Selection, SelectionSpec, WeightedName
 
 
@@ -33,12 +32,12 @@ def _active(state: ServerState, tenant: str, mode: Mode | None) -> Selection:
     if active is None:
         return Selection((), mode or Mode.SWITCH)
     try:
-        adapter = _find(state, tenant, WeightedName(active.name))
+        record = state.store.get(active.owner, active.name)
     except AdapterNotFound:
         if state.store.active(tenant) == active:
             raise
         return _active(state, tenant, mode)  # it was deleted, and thereby deactivated, between the two reads
-    return Selection((adapter,), mode or Mode(active.mode))
+    return Selection((_servable(state, record, record.digest),), mode or Mode(active.mode))
 
 
 def _find(state: ServerState, tenant: str, wanted: WeightedName) -> SelectedAdapter:
@@ -48,20 +47,24 @@ def _find(state: ServerState, tenant: str, wanted: WeightedName) -> SelectedAdap
             f"{name!r} is the base model, which has no delta to blend and no versions; leave it out", subject="adapters"
         )
     record = _record(state, tenant, name)
-    version = record.version(digest_prefix or record.digest)
+    return _servable(state, record, digest_prefix or record.digest, wanted.weight)
+
+
+def _servable(state: ServerState, record: AdapterRecord, digest_prefix: str, weight: float = 1.0) -> SelectedAdapter:
+    name, version = record.name, record.version(digest_prefix)
     status = state.registry.status(version.digest)
     if status.state is AdapterState.FAILED:
         raise AdapterUnavailable(
             f"adapter {name!r} ({version.digest}) cannot be served: {status.reason}; upload it again or roll back",
             subject=name,
         )
-    return SelectedAdapter(name, version.digest, wanted.weight)
+    return SelectedAdapter(name, version.digest, weight)
 
 
 def _record(state: ServerState, tenant: str, name: str) -> AdapterRecord:
-    """The tenant's adapter of that name. One that nobody has yet is looked up, if the server looks adapters up."""
+    """The adapter that the tenant sees under that name. An unknown one is looked up, if the server looks them up."""
     try:
-        return state.store.get(tenant, name)
+        return state.store.visible(tenant, name)
     except AdapterNotFound:
         if state.resolver is None:
             raise

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from service.api.keys import KeyFileError, KeyRing, load_key_file
 from service.app import create_app
 from service.assembly import Server, build_server
 from service.commands import CommandError
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the proxies in front, which would else send on a connection that is being closed
+_LONGEST_STALL_S = 86_400  # what a socket option of 32 bits holds, and nobody waits for longer
 _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 
 
@@ -53,6 +56,7 @@ def run(settings: Settings) -> int:
             if settings.log_format == "text":
                 introduce(server, url_of(listener))
 
+        reload_on_sighup(settings.api_key_file, server.state.keys)
         try:
             serve(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
         finally:
@@ -65,6 +69,25 @@ def end_on_sigterm() -> None:
     """SIGTERM ends the process also while the model loads; a container's first process would ignore it by default."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
+def reload_on_sighup(path: Path | None, keys: KeyRing) -> None:
+    """SIGHUP has the API key file read anew. One that cannot be used changes nothing; what runs goes on."""
+
+    def reload(number: int, frame: FrameType | None) -> None:
+        if path is None:
+            log.info("SIGHUP: there is no API key file to read anew")
+            return
+        try:
+            read = load_key_file(path)
+        except KeyFileError as error:
+            log.error("SIGHUP: the API keys stay as they are: %s", error)
+            return
+        keys.replace(read)
+        log.info("SIGHUP: read the API keys anew", extra={"keys": len(read)})
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, reload)
 
 
 @contextmanager
@@ -94,6 +117,8 @@ def serve(
 
     `announce` is called once the server accepts connections.
     """
+    if server.state.settings.request_timeout_s is not None:
+        give_up_on_stalled_clients(listener, server.state.settings.request_timeout_s)
     config = uvicorn.Config(
         create_app(server.state),
         log_config=None,
@@ -105,6 +130,16 @@ def serve(
         timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
     )
     DrainingServer(config, server.engine, drain_timeout_s, announce).run([listener])
+
+
+def give_up_on_stalled_clients(listener: socket.socket, seconds: float) -> None:
+    """Has the system close every connection whose client takes nothing of what is sent to it for so long.
+
+    Else it would be held for ever, with an answer that was complete long ago. Linux alone can.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None:
+        listener.setsockopt(socket.IPPROTO_TCP, option, math.ceil(1000 * min(seconds, _LONGEST_STALL_S)))
 
 
 class DrainingServer(uvicorn.Server):
@@ -156,6 +191,6 @@ def introduce(server: Server, url: str) -> None:
     body = {"prompt": "Once upon a time", "max_new_tokens": 32}
     if records:
         body["adapter"] = records[0].name
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.settings.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.keys else ""
     say(f"Serving {state.base.id} with {state.store.count('')} adapters at {url}. Try:")
     say(f"  curl {url}/v1/generate{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")

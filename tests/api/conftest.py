@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from adapters.store import AdapterStore
 from adapters.targets import BaseModules
 from service.api.deps import ApiSettings, BaseInfo, ServerState
 from service.api.guidance import Guidance
+from service.api.keys import ApiKey, KeyRing
 from service.app import create_app
 from service.engine.tokenizer import TextTokenizer
 from tests.factories import EOS_ID, AdapterSpec, byte_tokenizer, make_adapter, tiny_model
@@ -67,6 +68,7 @@ class Server:
         data_dir: Path,
         settings: ApiSettings,
         engine: FakeEngine | None = None,
+        keys: Iterable[ApiKey] = (),
     ) -> None:
         self.data_dir = data_dir
         self.engine = engine or FakeEngine()
@@ -90,7 +92,15 @@ class Server:
         tokenizer = TextTokenizer(byte_tokenizer(), vocabulary=272)
         guidance = Guidance(tokenizer.underlying, vocabulary=272, eos_token_ids={EOS_ID})
         self.state = ServerState(
-            settings, self.store, self.registry, self.engine, tokenizer, info, self.metrics, guidance
+            settings,
+            self.store,
+            self.registry,
+            self.engine,
+            tokenizer,
+            info,
+            self.metrics,
+            guidance,
+            keys=KeyRing(keys),
         )
         self.app: FastAPI = create_app(self.state)
         self.client = TestClient(self.app)
@@ -123,12 +133,12 @@ class Server:
 
 @pytest.fixture
 def make_server(base: Base, adapter_dirs: dict[str, Path], tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Makes servers; keyword arguments are ApiSettings."""
+    """Makes servers; keyword arguments are ApiSettings, and `keys`."""
     servers: list[Server] = []
 
-    def make(**overrides: Any) -> Server:
+    def make(keys: Iterable[ApiKey] = (), **overrides: Any) -> Server:
         settings = replace(ApiSettings(BASE, frozenset({BASE, ALIAS})), **overrides)
-        servers.append(Server(base, adapter_dirs, tmp_path / f"data{len(servers)}", settings))
+        servers.append(Server(base, adapter_dirs, tmp_path / f"data{len(servers)}", settings, keys=keys))
         return servers[-1]
 
     yield make

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from service.api import routes
-from service.api.middleware.auth import hash_key
+from service.api.keys import ApiKey
 from tests.api.asgi import exchange
 from tests.api.conftest import Server, error_of
 
@@ -23,7 +23,7 @@ PUBLIC = {
 
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
-    return make_server(api_keys=frozenset(map(hash_key, KEYS)))
+    return make_server(keys=map(ApiKey.of, KEYS))
 
 
 def all_routes() -> Iterator[tuple[str, str]]:
@@ -72,13 +72,13 @@ def test_nothing_else_opens(server: Server, header: str) -> None:
 
 
 def test_a_keys_digest_is_no_key(server: Server) -> None:
-    headers = {"authorization": f"Bearer {hash_key(KEYS[0])}"}
+    headers = {"authorization": f"Bearer {ApiKey.of(KEYS[0]).digest}"}
     error_of(server.client.get("/v1/adapters", headers=headers), 401, "unauthorized")
 
 
 @pytest.mark.parametrize("public", [True, False])
 def test_metrics_may_be_public(make_server: Callable[..., Server], public: bool) -> None:
-    server = make_server(api_keys=frozenset({hash_key("key")}), metrics_public=public)
+    server = make_server(keys=[ApiKey.of("key")], metrics_public=public)
     assert server.client.get("/metrics").status_code == (200 if public else 401)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from service.api.middleware.auth import hash_key
+from service.api.keys import ApiKey
 from tests.api.conftest import Server, error_of
 
 PAGE = "https://page.example"
@@ -18,8 +18,8 @@ KEY = {"authorization": "Bearer key"}
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
     """One that asks for a key and lets two origins in."""
-    keys = frozenset({hash_key("key")})
-    return make_server(cors_origins=(PAGE, "http://localhost:3000"), api_keys=keys, max_body_bytes=1000)
+    keys = [ApiKey.of("key")]
+    return make_server(cors_origins=(PAGE, "http://localhost:3000"), keys=keys, max_body_bytes=1000)
 
 
 def preflight(server: Server, origin: str, method: str = "POST", path: str = "/v1/generate") -> httpx.Response:
@@ -92,7 +92,7 @@ def test_a_page_may_read_errors(server: Server) -> None:
 
 
 def test_every_origin(make_server: Callable[..., Server]) -> None:
-    server = make_server(cors_origins=("*",), api_keys=frozenset({hash_key("key")}))
+    server = make_server(cors_origins=("*",), keys=[ApiKey.of("key")])
     for response in (preflight(server, OTHER), server.client.get("/v1/adapters", headers={"origin": OTHER, **KEY})):
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "*"

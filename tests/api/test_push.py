@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.middleware.auth import hash_key
+from service.api.keys import ApiKey
 from service.cli import main
 from service.commands import CommandError
 from service.commands import push as push_command
@@ -175,7 +175,7 @@ class TestCommand:
 class TestApiKey:
     @pytest.fixture
     def server(self, make_server: Callable[..., Server]) -> Server:
-        return make_server(api_keys=frozenset({hash_key("alpha")}))
+        return make_server(keys=[ApiKey.of("alpha")])
 
     def test_from_the_variable_or_a_file(
         self, run: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 
 from service.api.deps import ApiSettings, ServerState
+from service.api.keys import KeyRing
 from service.app import create_app
 from tests.fakes import FakeMetrics
 
@@ -21,7 +22,7 @@ SNAPSHOT = Path(__file__).with_name("openapi.json")
 
 def app_without_server(settings: ApiSettings) -> FastAPI:
     """The app as it describes itself. It answers requests once `app.state.server` is a whole ServerState."""
-    state = SimpleNamespace(settings=settings, metrics=FakeMetrics())
+    state = SimpleNamespace(keys=KeyRing(), settings=settings, metrics=FakeMetrics())
     return create_app(cast(ServerState, state))
 
 

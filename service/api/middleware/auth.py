@@ -1,49 +1,53 @@
-"""API keys, checked before a byte of any body is read."""
+"""API keys, checked before a byte of any body is read: whether there is one, what it allows, and how much of it."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.deps import ApiSettings
+from service.api.access import Access, access_to
 from service.api.errors import ApiError, ErrorResponse
+from service.api.key_limits import KeyLimits
+from service.api.keys import ApiKey, KeyRing
 from service.api.middleware.paths import route_path
-
-# What a browser or a probe must reach without a key. Pages are public; what they ask the API is not.
-PUBLIC_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
-PUBLIC_PREFIXES = ("/docs/", "/static/")
-
-
-def hash_key(key: str) -> str:
-    """An API key as settings hold it: its SHA-256, in hex."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Authentication:
-    """Asks for `Authorization: Bearer <key>` on every path that is not public, known route or not."""
+    """Asks for `Authorization: Bearer <key>` on every path that is not public, known route or not.
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    Leaves the key in the scope's state. Without any key to know, every path is open.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, *, metrics_public: bool) -> None:
         self._app = app
-        self._keys = tuple(sorted(settings.api_keys))
-        self._public = PUBLIC_PATHS | ({"/metrics"} if settings.metrics_public else frozenset())
+        self._keys = keys
+        self._metrics_public = metrics_public
+        self._limits = KeyLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and not self._is_public(route_path(scope)):
-            offered = _bearer(Headers(scope=scope))
-            if offered is None or not self._knows(offered):
-                return await ErrorResponse(_unauthorized(offered is not None))(scope, receive, send)
-        return await self._app(scope, receive, send)
+        if scope["type"] != "http" or not self._keys:
+            return await self._app(scope, receive, send)
+        access = access_to(scope["method"], route_path(scope), metrics_public=self._metrics_public)
+        if access is Access.PUBLIC:
+            return await self._app(scope, receive, send)
+        with ExitStack() as used:
+            try:
+                key = self._authenticate(scope)
+                scope.setdefault("state", {})["key"] = key
+                _check_scope(key, access)
+                used.enter_context(self._limits.using(key))
+            except ApiError as refusal:
+                return await ErrorResponse(refusal)(scope, receive, send)
+            return await self._app(scope, receive, send)
 
-    def _is_public(self, path: str) -> bool:
-        return path in self._public or path.startswith(PUBLIC_PREFIXES)
-
-    def _knows(self, key: str) -> bool:
-        """Compares with every key, in the same time whichever it is."""
-        offered = hash_key(key)
-        return sum(hmac.compare_digest(offered, known) for known in self._keys) > 0
+    def _authenticate(self, scope: Scope) -> ApiKey:
+        offered = _bearer(Headers(scope=scope))
+        key = None if offered is None else self._keys.find(offered)
+        if key is None:
+            raise _unauthorized(offered is not None)
+        return key
 
 
 def _bearer(headers: Headers) -> str | None:
@@ -58,3 +62,8 @@ def _unauthorized(offered: bool) -> ApiError:
         f"{wrong}: send a valid one as 'Authorization: Bearer <key>'",
         headers={"WWW-Authenticate": "Bearer"},
     )
+
+
+def _check_scope(key: ApiKey, access: Access) -> None:
+    if access.scope is not None and access.scope not in key.scopes:
+        raise ApiError("forbidden", f"this API key does not allow it: use one with the scope {access.scope.value!r}")

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.deps import Metrics
+from service.api.keys import key_of
 from service.api.observation import access_fields
 
 access_log = logging.getLogger("vblora.access")
@@ -44,7 +45,9 @@ class RequestContext:
         self._metrics.observe_request(getattr(scope.get("route"), "path", "unmatched"), status, seconds)
         if code is not None:
             self._metrics.count_error(code)
+        key = key_of(scope)
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "code": code}
+        fields |= {"key": None if key is None else key.name}
         fields |= {"duration_s": round(seconds, 6)} | access_fields(scope)
         access_log.info("request", extra={"request_id": request_id, **fields})
 

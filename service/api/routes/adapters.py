@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from adapters.store import AdapterRecord, check_name
 from service.api.activation import activate
-from service.api.catalog import show, show_detail, show_page
+from service.api.catalog import own, show, show_detail, show_page
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.registration import register
@@ -76,7 +76,7 @@ async def upload_adapter(
         record = await to_thread.run_sync(registering, limiter=state.registering)
     if upload.activate is not None:
         return await activate(state, tenant, upload.name, upload.activate)
-    return await to_thread.run_sync(show, state, record)
+    return await to_thread.run_sync(show, state, tenant, record)
 
 
 @router.get("/v1/adapters", responses=error_responses(400, 401))
@@ -91,9 +91,10 @@ def get_adapter(name: str, state: State, tenant: Tenant) -> AdapterDetail:
     return show_detail(state, tenant, name)
 
 
-@router.delete("/v1/adapters/{name}", status_code=204, responses=error_responses(401, 404))
+@router.delete("/v1/adapters/{name}", status_code=204, responses=error_responses(401, 403, 404))
 def delete_adapter(name: str, state: State, tenant: Tenant) -> None:
     """Forgets an adapter with all its versions. Running requests finish on the version they hold."""
+    own(state, tenant, name)
     record = state.store.delete(tenant, name)
     state.registry.forget_deleted([version.digest for version in record.versions])
 

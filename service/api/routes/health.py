@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from service import __version__
 from service.api.deps import State
 from service.api.errors import ApiError
+from service.api.keys import key_of
 from service.api.schemas.common import error_responses
 from service.api.schemas.health import Status, Versions
 from service.engine.seam import EngineState
@@ -40,9 +41,10 @@ async def readiness(state: State) -> Status:
 
 
 @router.get("/metrics", responses=error_responses(401), response_class=Response)
-def metrics(state: State) -> Response:
-    """Prometheus' text format."""
-    content, content_type = state.metrics.render()
+def metrics(request: Request, state: State) -> Response:
+    """Prometheus' text format. What tells of tenants is for keys: of a tenant's own use, or of the shared tenant's."""
+    key = key_of(request.scope)
+    content, content_type = state.metrics.render(None if key is None else key.tenant)
     return Response(content, media_type=content_type)
 
 

@@ -26,7 +26,7 @@ def get_model(id: str, state: State, tenant: Tenant) -> ModelCard:
     if state.settings.means_base(id):
         return _base_card(state)
     try:
-        record = state.store.get(tenant, id)
+        record = state.store.visible(tenant, id)
     except AdapterNotFound:
         raise ApiError(
             "model_not_found", f"no model named {id[:140]!r}: GET /v1/models lists them", param="id"

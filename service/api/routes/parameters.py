@@ -21,7 +21,7 @@ router = APIRouter(tags=["parameters"])
 @router.get("/v1/adapters/{name}/parameters", responses=error_responses(401, 404))
 def adapter_parameters(name: str, state: State, tenant: Tenant) -> ParametersView:
     """The parameter count of an adapter's current version."""
-    return _show(state.store.get(tenant, name))
+    return _show(state.store.visible(tenant, name))
 
 
 @router.get("/v1/parameters", responses=error_responses(400, 401))

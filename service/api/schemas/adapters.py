@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from adapters.registry import AdapterState, AdapterStatus
-from adapters.store import Activation, AdapterRecord
+from adapters.store import SHARED, Activation, AdapterRecord
 from service.api.schemas.common import QueryModel, RequestModel, ResponseModel, Text
 from service.engine.selection import Mode
 
@@ -64,6 +64,7 @@ class AdapterView(ResponseModel):
     updated_at: float
     state: AdapterState
     reason: str | None
+    shared: bool = Field(description="Whether every tenant sees it; such a one is not a tenant's to change")
     active: bool
     mode: str | None
     file_bytes: int
@@ -100,8 +101,15 @@ class VersionView(ResponseModel):
     state: AdapterState
 
 
+class BlendedPart(ResponseModel):
+    name: str
+    digest: str
+    weight: float
+
+
 class AdapterDetail(AdapterView):
     config: dict[str, Any]
+    blend: list[BlendedPart] | None = Field(description="What it is the weighted sum of, if it was blended here")
     versions: list[VersionView] = Field(description="Newest first")
 
 
@@ -118,7 +126,7 @@ def adapter_fields(
 ) -> dict[str, Any]:
     """The fields of an AdapterView."""
     parameters: Mapping[str, Any] = record.info["parameters"]
-    is_active = active is not None and active.name == record.name
+    is_active = active is not None and (active.owner, active.name) == (record.tenant, record.name)
     return {
         "name": record.name,
         "digest": record.digest,
@@ -127,6 +135,7 @@ def adapter_fields(
         "updated_at": record.updated_at,
         "state": status.state,
         "reason": status.reason,
+        "shared": record.tenant == SHARED,
         "active": is_active,
         "mode": active.mode if active is not None and is_active else None,
         "file_bytes": record.file_bytes,

@@ -90,7 +90,7 @@ class TestPublish:
         store.close()
         reopened = AdapterStore(data_dir)
         assert reopened.get(SHARED, "sql") == record
-        assert reopened.active(SHARED) == Activation(SHARED, "sql", "merge")
+        assert reopened.active(SHARED) == Activation(SHARED, "sql", "merge", SHARED)
         assert_consistent(reopened, data_dir)
         reopened.close()
 
@@ -366,10 +366,10 @@ class TestActivation:
             publish(store, name, tenant=tenant)
         assert store.active(SHARED) is None
         store.activate(SHARED, "sql", "switch")
-        assert store.activate(SHARED, "style", "merge") == Activation(SHARED, "style", "merge")
+        assert store.activate(SHARED, "style", "merge") == Activation(SHARED, "style", "merge", SHARED)
         store.activate("t", "sql", "switch")
-        assert store.active(SHARED) == Activation(SHARED, "style", "merge")
-        assert store.active("t") == Activation("t", "sql", "switch")
+        assert store.active(SHARED) == Activation(SHARED, "style", "merge", SHARED)
+        assert store.active("t") == Activation("t", "sql", "switch", "t")
 
     def test_deactivate(self, store: AdapterStore) -> None:
         publish(store, "sql")

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.middleware.context import RequestContext
 from service.api.observation import Observation
+from service.engine.events import Usage
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.settings import SETTINGS
@@ -35,7 +36,8 @@ def exported() -> Iterator[tuple[str, Described]]:
     server.observe_request("/v1/generate", 200, 0.1)
     server.count_error("overloaded")
     server.count_generation(Selection(), "")
-    for family in text_string_to_metric_families(server.render()[0].decode()):
+    server.count_usage("", Usage(1, 1))
+    for family in text_string_to_metric_families(server.render("")[0].decode()):
         if family.name.startswith("vblora_"):
             labels = {label: None for sample in family.samples for label in sample.labels if label != "le"}
             suffix = "_total" if family.type == "counter" else ""
@@ -63,7 +65,7 @@ def field_rows() -> set[str]:
 
 def test_every_field_of_the_access_log_is_documented() -> None:
     request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-    generating = set(Observation([request], FakeMetrics(), stream=False).fields())
+    generating = set(Observation("id", [request], FakeMetrics(), stream=False).fields())
     always = set(re.findall(r'"(\w+)": ', inspect.getsource(RequestContext._record)))
     assert {"request_id", "method", "duration_s"} <= always
     assert field_rows() == generating | always

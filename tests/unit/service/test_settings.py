@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import service
 from service.commands.settings_doc import render
 from service.setting_kinds import AdapterSource, format_size, parse_size
-from service.settings import SETTINGS, Settings, SettingsError, load_api_key, load_api_keys, load_settings
+from service.settings import SETTINGS, Settings, SettingsError, load_api_key, load_settings
 
 DOCS = Path(service.__file__).parent.parent / "docs" / "settings.md"
 
@@ -224,42 +222,6 @@ class TestApiKey:
 
     def test_the_variable_is_no_setting_and_no_error(self) -> None:
         assert load(environ={"VBLORA_API_KEY": "gamma"}) == Settings()
-
-
-class TestApiKeys:
-    def test_digests_of_keys(self, tmp_path: Path) -> None:
-        path = tmp_path / "keys"
-        path.write_text("# ours\nalpha\n\n  beta#1  \r\n")
-        path.chmod(0o600)
-        assert load_api_keys(path) == {hashlib.sha256(key).hexdigest() for key in (b"alpha", b"beta#1")}
-
-    @pytest.mark.parametrize("text", ["", "# none\n\n"])
-    def test_no_key(self, tmp_path: Path, text: str) -> None:
-        path = tmp_path / "keys"
-        path.write_text(text)
-        with pytest.raises(SettingsError, match="holds no key"):
-            load_api_keys(path)
-
-    def test_a_wrong_key_is_not_repeated(self, tmp_path: Path) -> None:
-        path = tmp_path / "keys"
-        path.write_text("my secret\n")
-        with pytest.raises(SettingsError) as caught:
-            load_api_keys(path)
-        assert "secret" not in str(caught.value)
-
-    def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(SettingsError, match="cannot be read"):
-            load_api_keys(tmp_path / "keys")
-
-    @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])
-    def test_warns_of_readers(self, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: bool) -> None:
-        path = tmp_path / "keys"
-        path.write_text("alpha\n")
-        path.chmod(mode)
-        with caplog.at_level(logging.WARNING, "service.settings"):
-            load_api_keys(path)
-        assert bool(caplog.records) is warned
-        assert "alpha" not in caplog.text
 
 
 class TestDocumentation:
