@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.errors import BaseModelMismatch, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
+from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, AdapterLayout, extra_owner
 from adapters.safetensors_header import TensorSpec
@@ -80,6 +80,15 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
         )
 
 
+def check_range(extras: Mapping[str, Tensor], model: AdaptedModel) -> None:
+    """Extras are finite in the base's dtype too, in which they are served: a float16 holds no 1e5. Raises NonFinite."""
+    for key, tensor in extras.items():
+        own = _own(key, model)
+        if torch.finfo(tensor.dtype).max > torch.finfo(own.dtype).max and not tensor.to(own.dtype).isfinite().all():
+            name = str(own.dtype).removeprefix("torch.")
+            raise NonFinite(f"{key} holds numbers beyond the {name} that this server runs the base in", subject=key)
+
+
 def replaced_parameters(extras: Mapping[str, Tensor], model: AdaptedModel) -> dict[str, dict[str, Tensor]]:
     """The parameters that an adapter's trained biases and saved modules replace, by module and attribute.
 
@@ -89,9 +98,14 @@ def replaced_parameters(extras: Mapping[str, Tensor], model: AdaptedModel) -> di
     replaced: dict[str, dict[str, Tensor]] = {}
     for key, tensor in extras.items():
         owner, attribute = extra_owner(key), key.rpartition(".")[2]
-        own = model.tensor(f"{owner}.{attribute}")
-        assert own is not None, "the layout was checked"
+        own = _own(key, model)
         values = tensor.to(own)
         if not torch.equal(values, own):
             replaced.setdefault(owner, {})[attribute] = values
     return replaced
+
+
+def _own(key: str, model: AdaptedModel) -> Tensor:
+    own = model.tensor(f"{extra_owner(key)}.{key.rpartition('.')[2]}")
+    assert own is not None, "the layout was checked"
+    return own

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters import strict_json
 from adapters.errors import BadConfig, MissingTensor, UnsupportedCheckpoint
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_DEPTH = 32
-MAX_PATTERNS = 1_000  # in one list of names that PEFT takes for regular expressions
+MAX_CONFIG_VALUES = 20_000  # each takes memory, and is listed again
+MAX_PATTERNS = 100  # in one list of names that PEFT takes for regular expressions
+MAX_TEXT = 4_096  # characters
 BIAS_MODES = ("none", "all", "vblora_only")
 ALL_LINEAR = "all-linear"
 
@@ -86,9 +89,9 @@ class VBLoRAConfig:
     def parse(cls, raw: bytes | str) -> VBLoRAConfig:
         """The config in a JSON text. Raises BadConfig or UnsupportedCheckpoint."""
         try:
-            values = json.loads(raw, object_pairs_hook=_unique_keys)
+            values = strict_json.parse(raw)
             _check_portable(values)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BadConfig(f"{CONFIG_FILE} is not valid JSON: {error}", subject=CONFIG_FILE) from error
         if not isinstance(values, dict):
             raise BadConfig(f"{CONFIG_FILE} must hold a JSON object", subject=CONFIG_FILE)
@@ -189,6 +192,8 @@ class _Reader:
         value = self._values.pop(key, None)
         if value is not None and not isinstance(value, str):
             raise BadConfig(f"{key} is {value!r}; it must be a string or null", subject=key)
+        if value is not None and len(value) > MAX_TEXT:
+            raise BadConfig(f"{key} has {len(value):,} characters; at most {MAX_TEXT:,} are accepted", subject=key)
         return value
 
     def patterns(self, key: str) -> Names:
@@ -224,26 +229,22 @@ class _Reader:
         return tuple(value)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {repeated!r} stands twice")
-    return values
-
-
 def _check_portable(values: object) -> None:
-    """Raises ValueError for what Python reads but cannot hand on as JSON in UTF-8: NaN, infinity, half a surrogate
-    pair, or nesting without end."""
-    json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
-    if _depth(values) > MAX_CONFIG_DEPTH:
+    """Raises ValueError for what Python reads but those after us may not: half a surrogate pair, which no UTF-8 has,
+    nesting that is too deep, or too many values."""
+    level, count = [values], 0
+    for _ in range(MAX_CONFIG_DEPTH):
+        count += len(level)
+        if count > MAX_CONFIG_VALUES:
+            raise ValueError(f"it holds more than {MAX_CONFIG_VALUES:,} values")
+        level = [child for value in level for child in _children(value)]
+    if level:
         raise ValueError(f"it is nested more than {MAX_CONFIG_DEPTH} levels deep")
+    json.dumps(values, ensure_ascii=False).encode()
 
 
-def _depth(value: object) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, children), default=0)
+def _children(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _jsonable(value: tuple[Any, ...] | str | None) -> list[Any] | str | None:

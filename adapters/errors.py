@@ -31,16 +31,27 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LONGEST_MESSAGE = 2_000
+LONGEST_SUBJECT = 600
+
 
 class AdapterError(Exception):
-    """Base of the tree. `message` says what is wrong and what to do about it."""
+    """Base of the tree. `message` says what is wrong and what to do about it.
+
+    Both are cut in the middle if they are long: what a stranger's file holds must not fill logs and answers.
+    """
 
     code: ClassVar[str] = "invalid_request"
 
     def __init__(self, message: str, *, subject: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.subject = subject
+        self.message = _cut(message, LONGEST_MESSAGE)
+        self.subject = None if subject is None else _cut(subject, LONGEST_SUBJECT)
+        super().__init__(self.message)
+
+
+def _cut(text: str, longest: int) -> str:
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 class InvalidName(AdapterError):

@@ -8,7 +8,7 @@ modules, here called *extras*.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +93,7 @@ def layout_of(config: VBLoRAConfig, specs: Mapping[str, TensorSpec]) -> AdapterL
     check_targets(config, [layer.name for layer in layers])
     for extra in extras:
         _check_extra(config, extra, parts.keys())
+    _check_distinct(extras)
     return AdapterLayout(config, storage, layers, tuple(extras))
 
 
@@ -201,6 +202,17 @@ def _check_extra(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str
             f"({list(config.modules_to_save)}) calls for",
             subject=spec.key,
         )
+
+
+def _check_distinct(extras: Iterable[TensorSpec]) -> None:
+    """PEFT's two names of one parameter, with and without `base_layer`, must not both be there."""
+    seen: dict[str, str] = {}
+    for spec in extras:
+        parameter = f"{extra_owner(spec.key)}.{spec.key.rpartition('.')[2]}"
+        if (other := seen.setdefault(parameter, spec.key)) != spec.key:
+            raise UnexpectedTensor(
+                f"the file holds {other!r} and {spec.key!r}, two values for one parameter", subject=spec.key
+            )
 
 
 def expect_shape(spec: TensorSpec, shape: tuple[int, ...], named: str) -> None:

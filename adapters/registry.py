@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
+from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
 from adapters.blend import blend
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import (
@@ -153,10 +153,12 @@ class AdapterRegistry:
 
         Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
         """
+        layout = read_layout(staged)
+        warnings = self._check(layout, allow_base_mismatch=allow_base_mismatch)
+        self._check_size(layout)  # before a tensor is read
         checkpoint = read_checkpoint(staged)
-        warnings = self._check(checkpoint, allow_base_mismatch=allow_base_mismatch)
+        check_range(checkpoint.extras, self._model)
         compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
-        self._check_size(compact)
         earlier = self._digests(tenant, name)
         info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
         record = self._store.publish(tenant, name, staged, info, replace=replace)
@@ -236,7 +238,7 @@ class AdapterRegistry:
             return 0
         if live.factors is not None:
             return live.factors.nbytes
-        return 0 if live.compact is None else factor_bytes(live.compact)
+        return 0 if live.compact is None else factor_bytes(live.compact.layout)
 
     def unpin(self, digest: str) -> None:
         """Gives a pin back. Factors that nobody pins may be evicted from then on."""
@@ -310,14 +312,14 @@ class AdapterRegistry:
         except AdapterNotFound:
             return []
 
-    def _check(self, checkpoint: TopKCheckpoint | LogitsCheckpoint, *, allow_base_mismatch: bool) -> list[str]:
+    def _check(self, layout: AdapterLayout, *, allow_base_mismatch: bool) -> list[str]:
         try:
-            warning = check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
+            warning = check_base_name(layout.config.base_model_name_or_path, self._identity)
         except BaseModelMismatch as error:
             if not allow_base_mismatch:
                 raise
             warning = f"taken although {error.message}"
-        self._check_layout(checkpoint.layout)
+        self._check_layout(layout)
         return [warning] if warning else []
 
     def _check_layout(self, layout: AdapterLayout) -> None:
@@ -371,7 +373,7 @@ class AdapterRegistry:
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
-        self._check_size(compact)
+        self._check_size(compact.layout)
         replaced = replaced_parameters(compact.extras, self._model)
         layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
         here = {
@@ -380,8 +382,8 @@ class AdapterRegistry:
         }
         return AdapterFactors(digest, layers, here)
 
-    def _check_size(self, compact: TopKCheckpoint) -> None:
-        size = factor_bytes(compact)
+    def _check_size(self, layout: AdapterLayout) -> None:
+        size = factor_bytes(layout)
         if size > self._budget:
             raise AdapterTooLarge(
                 f"the adapter takes {size:,} bytes when it is used, but adapters may take {self._budget:,} in all; "
@@ -407,10 +409,9 @@ class AdapterRegistry:
             self._live.setdefault(digest, _Live()).failure = error
 
 
-def factor_bytes(compact: TopKCheckpoint) -> int:
+def factor_bytes(layout: AdapterLayout) -> int:
     """What an adapter takes at most when it is composed: its factors in float32, and the parameters it replaces."""
-    extras = sum(tensor.nbytes for tensor in compact.extras.values())
-    return 4 * compact.layout.parameters().lora_params + extras
+    return 4 * layout.parameters().lora_params + sum(spec.nbytes for spec in layout.extras)
 
 
 def describe(checkpoint: TopKCheckpoint | LogitsCheckpoint, warnings: list[str]) -> Mapping[str, Any]:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import regex
 from torch import nn
 
 from adapters.config import VBLoRAConfig
-from adapters.errors import BadConfig, MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
+from adapters.errors import MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
+from adapters.patterns import Allowance, Pattern
 
-# A hostile pattern may backtrack for ever, or a little on each of thousands of names; an honest one matches a name in
-# microseconds. So all patterns of one matcher share this much processor time.
-REGEX_TIMEOUT_S = 0.5
-LONGEST_REGEX = 10_000  # compiling takes time too
 _MOST_NAMES_SHOWN = 6
 
 # What PEFT adapts when target_modules is null (TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING, PEFT 0.21.2).
@@ -159,19 +153,19 @@ class TargetMatcher:
     """
 
     def __init__(self, config: VBLoRAConfig, targets: tuple[str, ...] | str) -> None:
-        allowance = _Allowance(REGEX_TIMEOUT_S)
-        self._regex = _Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
+        allowance = Allowance()
+        self._regex = Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
         self._names = frozenset() if isinstance(targets, str) else frozenset(targets)
         exclude = config.exclude_modules or ()
-        self._excluded_regex = _Pattern(exclude, "exclude_modules", allowance) if isinstance(exclude, str) else None
+        self._excluded_regex = Pattern(exclude, "exclude_modules", allowance) if isinstance(exclude, str) else None
         self._excluded_names = frozenset(exclude) if isinstance(exclude, tuple) else frozenset()
         self._saved = [
-            _Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save", allowance) for name in config.modules_to_save
+            Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save", allowance) for name in config.modules_to_save
         ]
         self._layer_numbers = [
-            _Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", allowance)
+            Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", allowance)
             for pattern in config.layers_pattern
-        ] or [_Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", allowance)]
+        ] or [Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", allowance)]
         self._wanted_layers = frozenset(map(str, config.layers_to_transform or ()))
 
     def matches(self, name: str) -> bool:
@@ -198,61 +192,6 @@ class TargetMatcher:
                 digits = match["idx"]  # None where the pattern has an alternative without it; of any length
                 return digits is not None and (digits.lstrip("0") or "0") in self._wanted_layers
         return False
-
-
-class _Allowance:
-    """Processor time that is spent bit by bit."""
-
-    def __init__(self, seconds: float) -> None:
-        self._left = seconds
-
-    @contextmanager
-    def spending(self) -> Iterator[float]:
-        """Charges what the block takes; gives the seconds that are left. Raises TimeoutError when none are."""
-        if self._left <= 0:
-            raise TimeoutError
-        started = time.thread_time()
-        try:
-            yield self._left
-        finally:
-            self._left -= time.thread_time() - started
-
-
-class _Pattern:
-    """A stranger's regular expression, matched in bounded time."""
-
-    def __init__(self, pattern: str, field_name: str, allowance: _Allowance) -> None:
-        self._field = field_name
-        self._allowance = allowance
-        if len(pattern) > LONGEST_REGEX:
-            raise BadConfig(
-                f"{field_name}: a regular expression of {len(pattern):,} characters is too long; list the module names "
-                "instead",
-                subject=field_name,
-            )
-        try:
-            self._compiled = regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise BadConfig(
-                f"{field_name}: {pattern!r} is not a valid regular expression: {error}", subject=field_name
-            ) from error
-
-    def match(self, name: str) -> regex.Match[str] | None:
-        """Matches the beginning of a name."""
-        return self._timed(self._compiled.match, name)
-
-    def fullmatch(self, name: str) -> regex.Match[str] | None:
-        return self._timed(self._compiled.fullmatch, name)
-
-    def _timed(self, match: Callable[..., regex.Match[str] | None], name: str) -> regex.Match[str] | None:
-        try:
-            with self._allowance.spending() as seconds:
-                return match(name, timeout=seconds)
-        except TimeoutError as error:
-            raise BadConfig(
-                f"{self._field}: the regular expression takes too long to match; list the module names instead",
-                subject=self._field,
-            ) from error
 
 
 def check_targets(config: VBLoRAConfig, modules: Sequence[str]) -> None:

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
+from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
 from adapters.checkpoint import read_checkpoint
 from adapters.errors import (
     BaseModelMismatch,
     CheckpointError,
     MissingTensor,
+    NonFinite,
     NoTargetMatched,
     ShapeMismatch,
     UnexpectedTensor,
@@ -133,7 +134,7 @@ class TestRefusals:
         path = rewrite(source, tmp_path / "scored", {key: torch.zeros(2, 64)}, {"modules_to_save": ["score"]})
         assert self.refusal(UnexpectedTensor, path, model).subject == key
 
-    @pytest.mark.parametrize("owner", ["", "model.layers.7.self_attn.q_proj", "model.forward", "a..b", "model.config"])
+    @pytest.mark.parametrize("owner", ["model.layers.7.self_attn.q_proj", "model.forward", "a.b", "model.config"])
     def test_extras_of_nothing(self, owner: str, model: AdaptedModel, tmp_path: Path):
         source = make_adapter(LLAMA, AdapterSpec(), tmp_path / "source")
         key = f"base_model.model.{owner}.bias"
@@ -171,6 +172,17 @@ class TestExtras:
     def test_the_bases_own_in_another_dtype_are_taken(self, tmp_path: Path):
         path = make_adapter(LLAMA, AdapterSpec(target_modules=["q_proj", "lm_head"]), tmp_path)
         bind(path, adapted(LLAMA, torch.bfloat16))
+
+    def test_what_the_bases_dtype_cannot_hold_is_refused(self, tmp_path: Path):
+        source = make_adapter(LLAMA, AdapterSpec(modules_to_save=["lm_head"]), tmp_path / "source")
+        key = "base_model.model.lm_head.weight"
+        large = rewrite(source, tmp_path / "large", {key: torch.full((272, 64), 1e5)})
+        extras = read_checkpoint(large).extras
+        for dtype in (torch.float32, torch.bfloat16):
+            check_range(extras, adapted(LLAMA, dtype))
+        with pytest.raises(NonFinite, match="float16") as refusal:
+            check_range(extras, adapted(LLAMA, torch.float16))
+        assert refusal.value.subject == key
 
     def test_what_is_folded_at_the_moment_does_not_matter(self, tmp_path: Path):
         """The stored lm_head is compared with the base's own, not with one that another adapter is folded into."""

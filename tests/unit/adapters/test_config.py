@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import VBLoRAConfig as PeftConfig
 
-from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, MAX_PATTERNS, VBLoRAConfig
-from adapters.errors import AdapterError, BadConfig, MissingTensor, UnsupportedCheckpoint
+from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_PATTERNS, VBLoRAConfig
+from adapters.errors import LONGEST_MESSAGE, AdapterError, BadConfig, MissingTensor, UnsupportedCheckpoint
 
 
 def parse(**values: Any) -> VBLoRAConfig:
@@ -118,13 +118,19 @@ REFUSED = {
     "exclude_modules a dict": ({"exclude_modules": {"a": 1}}, "exclude_modules"),
     "modules_to_save a number": ({"modules_to_save": 1}, "modules_to_save"),
     "too many modules_to_save": ({"modules_to_save": ["x"] * (MAX_PATTERNS + 1)}, "modules_to_save"),
-    "too many layers_pattern": ({"layers_to_transform": 1, "layers_pattern": ["x"] * 1001}, "layers_pattern"),
+    "too many layers_pattern": (
+        {"layers_to_transform": 1, "layers_pattern": ["x"] * 101},
+        "layers_pattern",
+    ),
     "layers_to_transform a string": ({"layers_to_transform": "1"}, "layers_to_transform"),
     "layers_to_transform with a bool": ({"layers_to_transform": [True]}, "layers_to_transform"),
     "layers_pattern alone": ({"layers_pattern": "layers"}, "layers_pattern"),
     "bias unknown": ({"bias": "lora_only"}, "bias"),
     "bias a number": ({"bias": 1}, "bias"),
     "base_model_name_or_path a number": ({"base_model_name_or_path": 1}, "base_model_name_or_path"),
+    "base_model_name_or_path of a megabyte": ({"base_model_name_or_path": "x" * 10**6}, "base_model_name_or_path"),
+    "bias of a megabyte": ({"bias": "x" * 10**6}, "bias"),
+    "r a megabyte": ({"r": "x" * 10**6}, "r"),
     "init_logits_std negative": ({"init_logits_std": -1}, "init_logits_std"),
     "init_logits_std beyond float": ({"init_logits_std": 10**400}, "init_logits_std"),
     "init_vector_bank_bound a string": ({"init_vector_bank_bound": "0.02"}, "init_vector_bank_bound"),
@@ -138,6 +144,7 @@ def test_refuses_naming_the_field(values: dict[str, Any], subject: str):
     assert refusal.value.subject == subject
     assert refusal.value.code == "bad_config"
     assert subject in refusal.value.message
+    assert len(refusal.value.message) <= LONGEST_MESSAGE
 
 
 NOT_JSON = {
@@ -154,6 +161,9 @@ NOT_JSON = {
     "half a surrogate pair in a key": b'{"peft_type": "VBLORA", "\\udc00": 1}',
     "nested without end": b'{"peft_type": "VBLORA", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "nested too deep for those after us": b'{"peft_type": "VBLORA", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+    "too many values": b'{"peft_type": "VBLORA", "x": [' + b"{}," * MAX_CONFIG_VALUES + b"0]}",
+    "a byte order mark": b'\xef\xbb\xbf{"peft_type": "VBLORA"}',
+    "UTF-16": '{"peft_type": "VBLORA"}'.encode("utf-16"),
     "a number of 5000 digits": b'{"peft_type": "VBLORA", "r": ' + b"1" * 5000 + b"}",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,27 @@ def test_extras_that_nothing_calls_for_are_refused(fields: dict[str, object], na
     with pytest.raises(UnexpectedTensor) as refusal:
         layout_of(with_config(**fields), tensors)
     assert refusal.value.subject == f"base_model.model.{name}"
+
+
+def test_two_names_of_one_parameter_are_refused():
+    first, second = "base_model.model.lm_head.base_layer.weight", "base_model.model.lm_head.weight"
+    tensors = changed(changed(compact_specs(), first, shape=(5, 3)), second, shape=(5, 3))
+    with pytest.raises(UnexpectedTensor, match="two values for one parameter") as refusal:
+        layout_of(with_config(modules_to_save=["lm_head"]), tensors)
+    assert refusal.value.subject == second
+    assert first in refusal.value.message
+
+
+def test_many_deep_names_against_many_patterns_take_little_time():
+    """What is called for is found by suffixes of every name: names and lists that are both long must not multiply."""
+    deep = {f"base_model.model.{'a.' * 220}{n:04}": "F32" for n in range(2000)}
+    started = time.thread_time()
+    with pytest.raises(UnexpectedTensor):
+        layout_of(
+            with_config(modules_to_save=[f"saved{n}" for n in range(100)], target_modules=None),
+            {**compact_specs(), **specs(*((name, dtype, (1,)) for name, dtype in deep.items()))},
+        )
+    assert time.thread_time() - started < 5
 
 
 def test_owner_of_an_extra():

@@ -25,6 +25,7 @@ from adapters.errors import (
     AdapterUnavailable,
     BaseModelMismatch,
     NonFinite,
+    ShapeMismatch,
     StoreError,
     UnexpectedTensor,
 )
@@ -139,6 +140,34 @@ class TestRegister:
                 register(registry, source)
         assert registry.store.count("") == 0
         assert registry.resident_bytes() == (0, 0)
+
+    def test_sizes_are_checked_before_a_tensor_is_read(
+        self,
+        store: AdapterStore,
+        model: AdaptedModel,
+        written: dict[str, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        """A layer of another size, another base, and factors beyond the budget: the header tells them all."""
+        monkeypatch.setattr(registry_module, "read_checkpoint", lambda directory: pytest.fail("read"))
+        wider = make_adapter(tiny_model("llama", hidden_size=128), SPEC, tmp_path / "wider")
+        other = rewrite(written["a"], tmp_path / "other", None, {"base_model_name_or_path": "org/other"})
+        with pytest.raises(ShapeMismatch):
+            register(make_registry(store, model, budget=10 * FACTOR_BYTES), wider)
+        with pytest.raises(BaseModelMismatch):
+            register(make_registry(store, model, budget=10 * FACTOR_BYTES), other)
+        with pytest.raises(AdapterTooLarge):
+            register(make_registry(store, model, budget=FACTOR_BYTES - 1), written["a"])
+
+    def test_values_that_the_bases_dtype_cannot_hold(self, store: AdapterStore, tmp_path: Path):
+        source = make_adapter(LLAMA, AdapterSpec(modules_to_save=["lm_head"]), tmp_path / "source")
+        key = "base_model.model.lm_head.weight"
+        large = rewrite(source, tmp_path / "large", {key: torch.full((272, 64), 1e5)})
+        half = make_registry(store, adapted(LLAMA, torch.float16), budget=1 << 24)
+        with pytest.raises(NonFinite) as refusal:
+            register(half, large)
+        assert refusal.value.subject == key
 
     def test_another_base_may_be_allowed(self, registry: AdapterRegistry, written: dict[str, Path], tmp_path: Path):
         other = rewrite(written["a"], tmp_path / "other", None, {"base_model_name_or_path": "org/other"})

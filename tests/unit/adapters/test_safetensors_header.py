@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from adapters.errors import CheckpointError, InvalidSafetensors, MissingTensor, UnsupportedCheckpoint
+from adapters.errors import LONGEST_MESSAGE, CheckpointError, InvalidSafetensors, MissingTensor, UnsupportedCheckpoint
 from adapters.safetensors_header import (
     MAX_HEADER_BYTES,
+    MAX_KEY_LENGTH,
     MAX_TENSORS,
     WEIGHTS_FILE,
     TensorSpec,
@@ -82,6 +87,32 @@ MALFORMED = {
     "entry null": ({"a": None}, 0),
     "entry a list": ({"a": []}, 0),
     "control characters in a key": ({"a\x1b[31m": entry(0, 4)}, 4),
+    "a key of a megabyte of dots": ({"." * 10**6: entry(0, 4)}, 4),
+    "a key too long": ({"a" * (MAX_KEY_LENGTH + 1): entry(0, 4)}, 4),
+    "an empty key": ({"": entry(0, 4)}, 4),
+    "nothing between two dots": ({"a..b": entry(0, 4)}, 4),
+    "a key that ends in a dot": ({"a.": entry(0, 4)}, 4),
+    "writing direction in a key": ({"a\u202eb": entry(0, 4)}, 4),
+    "offsets bools": ({"a": {**entry(0, 1, [1]), "data_offsets": [False, True]}}, 1),
+    "offsets negative": ({"a": entry(-4, 0)}, 0),
+    "offsets in reverse": ({"a": entry(4, 0)}, 4),
+    "offsets huge": ({"a": entry(2**63, 2**63 + 4)}, 4),
+    "offsets beyond the file": ({"a": entry(0, 2**40, [2**40])}, 4),
+    "one tensor inside another": ({"a": entry(0, 8), "b": entry(2, 4, [2])}, 8),
+    "a field too many": ({"a": {**entry(0, 4), "strides": [1]}}, 4),
+    "a float of another kind": ({"a": entry(0, 4, [4], "F8_E4M3")}, 4),
+    "a billion billion elements": ({"a": entry(0, 4, [2**30, 2**30], "F32")}, 4),
+    "NaN for a dimension": (b'{"a": {"dtype": "U8", "shape": [NaN], "data_offsets": [0, 0]}}', 0),
+    "1e400 for a dimension": (b'{"a": {"dtype": "U8", "shape": [1e400], "data_offsets": [0, 0]}}', 0),
+    "metadata null": ({"__metadata__": None, "a": entry(0, 4)}, 4),
+    "metadata a list": ({"__metadata__": [], "a": entry(0, 4)}, 4),
+    "metadata of numbers": ({"__metadata__": {"format": 3}, "a": entry(0, 4)}, 4),
+    "metadata a tensor": ({"__metadata__": entry(0, 4)}, 4),
+    "metadata twice": (b'{"__metadata__": {}, "__metadata__": {}}', 0),
+    "spaces before the header": (b"  " + json.dumps({"a": entry(0, 4)}).encode(), 4),
+    "a byte order mark": (b"\xef\xbb\xbf" + json.dumps({"a": entry(0, 4)}).encode(), 4),
+    "UTF-16": (json.dumps({"a": entry(0, 4)}).encode("utf-16"), 4),
+    "a zero byte after the header": (json.dumps({"a": entry(0, 4)}).encode() + b"\0", 4),
     "half a surrogate pair in a key": ({"a\ud800": entry(0, 4)}, 4),
     "header a list": (b"[]", 0),
     "header a string": (b'"header"', 0),
@@ -103,6 +134,7 @@ def test_refuses_a_malformed_header(header: dict[str, Any] | bytes, data_bytes: 
         specs_of(path)
     assert refusal.value.code == "invalid_safetensors"
     f"{refusal.value.message}{refusal.value.subject}".encode()  # can be sent
+    assert len(refusal.value.message) <= LONGEST_MESSAGE
 
 
 def test_a_malformed_entry_is_named(tmp_path: Path):
@@ -110,6 +142,33 @@ def test_a_malformed_entry_is_named(tmp_path: Path):
     with pytest.raises(InvalidSafetensors) as refusal:
         specs_of(path)
     assert refusal.value.subject == "broken"
+
+
+NAMING = {
+    "a key twice": (b'{"w.b": {}, "w.a": {}, "w.b": {}}', "'w.b'"),
+    "a dtype": ({"w.a": entry(0, 4, [4], "F8_E4M3")}, "w.a has dtype 'F8_E4M3'"),
+    "metadata": ({"__metadata__": {"format": 3}}, "__metadata__"),
+    "a long key": ({"w" * 1000: entry(0, 4)}, "wwww"),
+}
+
+
+@pytest.mark.parametrize(("header", "named"), NAMING.values(), ids=NAMING)
+def test_says_what_is_at_fault(header: dict[str, Any] | bytes, named: str, tmp_path: Path):
+    with pytest.raises(InvalidSafetensors) as refusal:
+        specs_of(write_raw(header, b"", tmp_path) / WEIGHTS_FILE)
+    assert named in refusal.value.message
+
+
+def test_a_header_is_read_in_memory_of_its_own_size(tmp_path: Path):
+    """Whatever its JSON holds: objects take the most memory for their bytes."""
+    path = write_raw(b'{"a":[' + b"{}," * 340_000 + b"{}]}", b"", tmp_path) / WEIGHTS_FILE
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidSafetensors):
+            specs_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 * MAX_HEADER_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("length", [0, 3, 7, 8, 12, 40])
@@ -153,7 +212,13 @@ FOREIGN = {
     "tar": tar_archive(),
     "gzip": gzip.compress(b"x" * 600),
     "GGUF": b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\0" * 64,
-    **{f"pickle {n}": pickle.dumps({"a": [1.0] * 30}, protocol=n) for n in (2, 3, 4, 5)},
+    "empty zip": b"PK\x05\x06" + b"\0" * 18,
+    "xz": lzma.compress(b"x" * 600),
+    "bzip2": bz2.compress(b"x" * 600),
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+    **{f"pickle {n}": pickle.dumps({"a": [1.0] * 30}, protocol=n) for n in range(6)},
+    **{f"pickle {n} of a list": pickle.dumps(["a", 1], protocol=n) for n in range(6)},
+    **{f"pickle {n} of an object": pickle.dumps(OrderedDict(a=1), protocol=n) for n in range(6)},
 }
 
 

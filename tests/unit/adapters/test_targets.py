@@ -21,10 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.config import VBLoRAConfig
 from adapters.errors import AdapterError, BadConfig, NoTargetMatched, UnexpectedTensor
+from adapters.patterns import LONGEST_PATTERN, TIMEOUT_S
 from adapters.targets import (
     DEFAULT_TARGETS,
-    LONGEST_REGEX,
-    REGEX_TIMEOUT_S,
     BaseModules,
     LayerShape,
     TargetMatcher,
@@ -266,24 +265,24 @@ class TestHostilePatterns:
         started = time.thread_time()
         with pytest.raises(BadConfig, match="too long to match"):
             check_targets(config(target_modules="(?!(?:a|a)+!).*"), many)
-        assert time.thread_time() - started < 4 * REGEX_TIMEOUT_S
+        assert time.thread_time() - started < 4 * TIMEOUT_S
 
     def test_many_patterns_share_the_time(self):
-        saved = [f"(?:a|a)+!{n}" for n in range(1000)]
+        saved = [f"(?:a|a)+!{n}" for n in range(100)]
         started = time.thread_time()
         with pytest.raises(BadConfig, match="too long to match"):
             check_targets(config(target_modules=".*", modules_to_save=saved), ["a" * 16] * 100)
-        assert time.thread_time() - started < 3 + 4 * REGEX_TIMEOUT_S  # compiling a thousand takes most of it
+        assert time.thread_time() - started < 4 * TIMEOUT_S
 
     def test_an_honest_pattern_is_far_from_the_limit(self):
         many = [f"model.layers.{n}.self_attn.q_proj" for n in range(2500)]
         honest = config(target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|up|down|gate)_proj")
-        assert self.seconds(honest, many) < REGEX_TIMEOUT_S / 4
+        assert self.seconds(honest, many) < TIMEOUT_S / 4
 
     @pytest.mark.parametrize("field", FIELDS)
     def test_too_long_to_compile(self, field: str):
         with pytest.raises(BadConfig, match="too long") as refusal:
-            check_targets(with_pattern(field, "a" * (LONGEST_REGEX + 1)), ["a.0.q"])
+            check_targets(with_pattern(field, "a" * (LONGEST_PATTERN + 1)), ["a.0.q"])
         assert refusal.value.subject == field
 
     @pytest.mark.parametrize("field", FIELDS)
