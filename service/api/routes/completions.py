@@ -11,6 +11,7 @@ from service.api.completion_writer import CompletionWriter
 from service.api.deps import ServerState, State, Tenant
 from service.api.generation import encode_prompt
 from service.api.openai import envelope, generations, select
+from service.api.receipt import ReceiptWriter
 from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
 from service.api.schemas.completions import CompletionRequest, CompletionResponse
@@ -21,7 +22,12 @@ router = APIRouter(tags=["openai"])
 _DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=streaming_responses())
+@router.post(
+    "/v1/completions",
+    response_model=CompletionResponse,
+    response_model_exclude_unset=True,
+    responses=streaming_responses(),
+)
 async def completions(
     body: CompletionRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
@@ -47,6 +53,7 @@ def _prepare(state: ServerState, tenant: str, body: CompletionRequest) -> Comple
         state.tokenizer,
         body.logprobs,
         [_text_of(state, prompt) for prompt in body.prompts] if body.echo else None,
+        ReceiptWriter(state.base, requests[0], body.receipt),
         body.wants_usage,
     )
 
