@@ -192,4 +192,4 @@ def _where(difference: TokenDifference, tokenizer: TextTokenizer | None) -> str:
 
     text = f"differs at token {difference.position}: the receipt {named(difference.receipt)}, "
     text += f"the replay {named(difference.replay)}"
-    return text if difference.margin is None else f"{text}, likelier by {difference.margin:.3g} in log-probability"
+    return text if difference.margin is None else f"{text}, {difference.margin:+.3g} in log-probability"

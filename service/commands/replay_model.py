@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,9 @@ def with_adapters(model: Any, adapters: Sequence[WeightedDirectory], mode: str, 
     from peft import PeftModel  # optional, and slow to import
 
     directory = _one_adapter(model, adapters, scratch / "adapter")
-    loaded = PeftModel.from_pretrained(model, str(directory), torch_device=str(model.device)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries have to tell each other
+        loaded = PeftModel.from_pretrained(model, str(directory), torch_device=str(model.device)).eval()
     if mode == Mode.MERGE:
         loaded.merge_adapter()
     return loaded
