@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
+from adapters.blend import blend
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import (
     AdapterError,
@@ -88,12 +89,15 @@ class _Live:
     failure: AdapterError | None = None
     pins: int = 0
     last_used: float | None = None
+    deleted: bool = False  # no name refers to it any more: forgotten with its last pin
 
 
 class AdapterRegistry:
     """Registers adapters on one base model and hands out their factors.
 
-    Every method may be called from any thread; `register` and `pin` read files and compose: keep them off event loops.
+    Every method may be called from any thread; `register` and `pin` read files and compose, and `forget_deleted` asks
+    the store: keep them off event loops. The others wait for no file: the lock is never held while the store is asked,
+    whose own lock is held while a disk is written.
     """
 
     def __init__(
@@ -121,9 +125,9 @@ class AdapterRegistry:
         return self._store
 
     def check_stored(self) -> int:
-        """Checks at start that every stored version still binds to the base; returns how many do not.
+        """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
-        Those are FAILED, with the reason; the others are served.
+        Those are FAILED, with the reason; the others are served. Every file is read, to hold it against its digest.
         """
         failures = 0
         for tenant, name, version in self._store.all_versions():
@@ -134,9 +138,18 @@ class AdapterRegistry:
         return failures
 
     def register(
-        self, tenant: str, name: str, staged: Path, *, replace: bool = False, allow_base_mismatch: bool = False
+        self,
+        tenant: str,
+        name: str,
+        staged: Path,
+        *,
+        replace: bool = False,
+        allow_base_mismatch: bool = False,
+        provenance: Mapping[str, Any] | None = None,
     ) -> AdapterRecord:
         """Takes a staged adapter directory in: reads it strictly, binds it to the base, publishes it under `name`.
+
+        `provenance` is kept in the record's info: what is known of where the adapter comes from.
 
         Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
         """
@@ -145,14 +158,31 @@ class AdapterRegistry:
         compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
         self._check_size(compact)
         earlier = self._digests(tenant, name)
-        info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch}
+        info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
         record = self._store.publish(tenant, name, staged, info, replace=replace)
         with self._changed:
-            if self._store.digest_in_use(record.digest):  # else deleted meanwhile
-                live = self._live.setdefault(record.digest, _Live())
-                live.compact, live.failure = compact, None
-        self.forget_deleted(earlier)  # publishing prunes the oldest versions
+            live = self._live.setdefault(record.digest, _Live())
+            live.compact, live.failure, live.deleted = compact, None, False
+        # Publishing prunes the oldest versions, and this one may have been deleted meanwhile.
+        self.forget_deleted([*earlier, record.digest])
         return record
+
+    def compact(self, digest: str) -> TopKCheckpoint:
+        """One version as it is stored, compact. Reads files if need be: keep it off event loops.
+
+        Raises AdapterNotFound, AdapterUnavailable or CheckpointError.
+        """
+        with self._changed:
+            live = self._live.get(digest)
+            if live is not None and live.failure is not None:
+                raise AdapterUnavailable(f"the adapter cannot be served: {live.failure.message}", subject=digest)
+            if live is not None and live.compact is not None:
+                return live.compact
+        return self._read(digest)
+
+    def blend(self, members: Sequence[tuple[str, float]]) -> TopKCheckpoint:
+        """The weighted sum of versions, by digest, as a new compact adapter. Raises what `compact` and `blend` do."""
+        return blend([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.
@@ -215,22 +245,25 @@ class AdapterRegistry:
             assert live.pins > 0
             live.pins -= 1
             self._evict()
-            if live.pins == 0 and not self._is_stored(digest):
+            if live.pins == 0 and live.deleted:
                 del self._live[digest]
 
     def _is_stored(self, digest: str) -> bool:
         try:
             return self._store.digest_in_use(digest)
         except StoreError:
-            return True  # the engine's thread asks; a failing disk must not end it
+            return True  # what a failing disk does not tell is kept
 
-    def forget_deleted(self, digests: list[str]) -> None:
-        """Drops from memory what no name refers to any more and no request holds."""
+    def forget_deleted(self, digests: Collection[str]) -> None:
+        """Drops from memory what no name refers to any more: now, or with the last pin of a request that holds it."""
+        deleted = [digest for digest in digests if not self._is_stored(digest)]
         with self._changed:
-            for digest in digests:
+            for digest in deleted:
                 live = self._live.get(digest)
-                if live is not None and live.pins == 0 and not self._is_stored(digest):
-                    del self._live[digest]
+                if live is not None:
+                    live.deleted = True
+                    if live.pins == 0:
+                        del self._live[digest]
 
     def status(self, digest: str) -> AdapterStatus:
         with self._changed:
@@ -261,7 +294,7 @@ class AdapterRegistry:
 
     def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
-            layout = read_layout(self._store.path(version.digest))
+            layout = read_layout(self._verified(version.digest))
             if not version.info.get("base_mismatch_allowed"):
                 check_base_name(layout.config.base_model_name_or_path, self._identity)
             self._check_layout(layout)
@@ -306,6 +339,7 @@ class AdapterRegistry:
                 mended = live.compact is not None  # by an upload meanwhile
                 if isinstance(error, (CheckpointError, AdapterUnavailable)) and not mended:
                     live.failure = error  # any other may pass: the next pin tries again
+                live.deleted = live.deleted or (isinstance(error, AdapterNotFound) and not mended)
                 self._changed.notify_all()
             self.unpin(digest)
             raise
@@ -320,16 +354,20 @@ class AdapterRegistry:
     def _read(self, digest: str) -> TopKCheckpoint:
         directory = self._store.path(digest)
         try:
-            if digest_of(directory) != digest:
-                message = "its files on disk have changed since the upload; upload it again"
-                raise AdapterUnavailable(message, subject=digest)
-            checkpoint = read_checkpoint(directory)
+            checkpoint = read_checkpoint(self._verified(digest))
         except (AdapterError, OSError) as error:
             if directory.is_dir():
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         self._check_layout(checkpoint.layout)
         return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+
+    def _verified(self, digest: str) -> Path:
+        """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
+        directory = self._store.path(digest)
+        if digest_of(directory) != digest:
+            raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
+        return directory
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:

@@ -87,7 +87,7 @@ def first_token(engine: Engine, sizes: EngineSizes, selection: Selection) -> Spa
     request = greedy_request(name, prompt, 1, selection)
     recorder = Recorder()
     start = time.perf_counter()
-    engine.submit(request, recorder)
+    engine.submit([request], recorder)
     recorder.wait_for_end([request])
     return Span(start, recorder.times[request.request_id][0])
 
@@ -105,7 +105,7 @@ class RunningRows:
             prompt = random_prompt(sizes.probe_prompt, sizes.model.vocabulary, seed=name)
             self._requests.append(greedy_request(name, prompt, output, among[row % len(among)]))
         for request in self._requests:
-            engine.submit(request, self._recorder)
+            engine.submit([request], self._recorder)
         self.take_tokens(1)
 
     def take_tokens(self, count: int) -> None:

@@ -28,7 +28,7 @@ def measure_fairness(stage: Stage, sizes: EngineSizes, names: Sequence[str], rou
                 name = f"flood-{turn}-{i}"
                 prompt = random_prompt(sizes.probe_prompt, sizes.model.vocabulary, seed=name)
                 flood.append(greedy_request(name, prompt, sizes.flood_output, flooding))
-                engine.submit(flood[-1], recorder)
+                engine.submit([flood[-1]], recorder)
             recorder.wait_for_tokens(flood[: sizes.rows], 1)
             for _ in range(sizes.lone_requests):
                 flooded.append(first_token(engine, sizes, lone).seconds)

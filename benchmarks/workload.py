@@ -96,6 +96,6 @@ def answer(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, l
     """Submits all requests at once and waits for the last to finish; their tokens by request."""
     recorder = Recorder()
     for request in requests:
-        engine.submit(request, recorder)
+        engine.submit([request], recorder)
     recorder.wait_for_end(requests)
     return {request.request_id: recorder.tokens[request.request_id] for request in requests}

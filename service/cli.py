@@ -90,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="validate an adapter and print its parameter count"))
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
+    _add_blend(commands.add_parser("blend", help="make one adapter of a weighted sum of several"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
     _add_replay(commands.add_parser("replay", help="recompute an answer from its receipt, with PEFT"))
     _add_key(commands.add_parser("key", help="make an API key"))
+    _add_doctor(commands.add_parser("doctor", help="check the directory that adapters are kept in, and repair it"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
     return parser
 
@@ -190,6 +192,15 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_replay)
 
 
+def _add_blend(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a weighted sum of adapters as one compact adapter, exactly, which PEFT loads."
+    parser.add_argument("members", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory and its weight (1)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
+    parser.add_argument("--model", help="the base model: needed for adapters with biases or saved modules of their own")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_blend)
+
+
 def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make an API key, and the line for the server's --api-key-file: its hash and what it allows."
     parser.add_argument("--file", type=Path, metavar="FILE", help="append the line to this key file")
@@ -202,6 +213,14 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", metavar="N", help="requests a minute (default: no limit)")
     parser.add_argument("--concurrency", metavar="N", help="requests at once (default: no limit)")
     parser.set_defaults(run=_key)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check a server's data directory while no server runs on it. Exit code 1: something is wrong."
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="PATH", help="the server's --data-dir")
+    parser.add_argument("--repair", action="store_true", help="mend it; nothing that is intact is removed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -307,12 +326,25 @@ def _replay(args: argparse.Namespace) -> int:
     return replay.run(options)
 
 
+def _blend(args: argparse.Namespace) -> int:
+    from service.commands import blend
+
+    members = [blend.WeightedDirectory.parse(text) for text in args.members]
+    return blend.run(members, output=args.output, model=args.model, as_json=args.json)
+
+
 def _key(args: argparse.Namespace) -> int:
     from service.commands import key
 
     names = ("name", "tenant", "scopes", "rate", "concurrency")
     attributes = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
     return key.run(attributes, file=args.file, hash_given=args.hash)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from service.commands import doctor
+
+    return doctor.run(args.data_dir, mend=args.repair, as_json=args.json)
 
 
 def _settings_doc(args: argparse.Namespace) -> int:

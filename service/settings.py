@@ -119,7 +119,9 @@ class Settings:
     )
     max_upload: int = _setting(BYTES, 256 << 20, "The largest upload of an adapter.")
     upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
-    request_timeout_s: float = _setting(SECONDS, 300.0, "How long a generation may take, waiting included.")
+    request_timeout_s: float = _setting(
+        SECONDS, 300.0, "How long a generation may take, waiting included, and a client may take nothing of it."
+    )
     drain_timeout_s: float = _setting(SECONDS, 30.0, "How long running requests may go on after SIGTERM.")
     source_timeout_s: float = _setting(SECONDS, 60.0, "How long an adapter may take to arrive from the Hub.")
     allow_source: tuple[Path | str, ...] = _setting(

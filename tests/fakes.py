@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -62,11 +62,12 @@ class FakeEngine:
         self.cancelled = threading.Event()
         self._cancelled_ids: set[str] = set()
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+    def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.requests.append(request)
-        threading.Thread(target=self._run, args=(request, sink), daemon=True).start()
+        self.requests += requests
+        for request in requests:
+            threading.Thread(target=self._run, args=(request, sink), daemon=True).start()
         self.submitted.set()
 
     def cancel(self, request_id: str) -> None:

@@ -4,8 +4,10 @@
       lock                     held by the one process that owns the directory
       reserve                  room kept back, so that a full disk can still be emptied
       store.sqlite3            what exists: names, versions, which of them is current, what is active
+      store.sqlite3.backup     a copy of it that is a little older; .schema-N: one from before an upgrade
       blobs/sha256/<64 hex>/   one directory per distinct adapter, never changed after it appears
       tmp/                     uploads in progress and removals in progress; emptied at every start
+      quarantine/              what `repair` has taken out of service; nothing here ever removes it
 
 The database is the truth. A blob is complete and on disk before the row that names it is committed, and is
 removed only after the last such row is gone, so a process killed anywhere in between leaves files that nothing

@@ -25,8 +25,8 @@ class BlobDirectory:
 
     def __init__(self, data_dir: Path) -> None:
         self.root = data_dir / "blobs" / "sha256"
-        self._tmp = data_dir / "tmp"
-        for directory in (self.root, self._tmp):
+        self.tmp = data_dir / "tmp"
+        for directory in (self.root, self.tmp):
             files.make_directory(directory)
 
     def path(self, digest: str) -> Path:
@@ -48,7 +48,7 @@ class BlobDirectory:
         A disk that fills up inside the block is StorageFull.
         """
         with files.storage_errors():
-            directory = Path(tempfile.mkdtemp(prefix="staging-", dir=self._tmp))
+            directory = Path(tempfile.mkdtemp(prefix="staging-", dir=self.tmp))
         try:
             yield directory
         except OSError as error:
@@ -60,7 +60,7 @@ class BlobDirectory:
 
     def seal(self, staged: Path) -> tuple[str, int]:
         """Put a staged directory's files on the disk, and return their digest and their bytes together."""
-        assert staged.is_relative_to(self._tmp), "only what was staged here can be renamed into place"
+        assert staged.is_relative_to(self.tmp), "only what was staged here can be renamed into place"
         files.make_durable(staged)
         size = sum(path.lstat().st_size for path in files.regular_files(staged))
         return files.digest_of(staged), size
@@ -69,16 +69,23 @@ class BlobDirectory:
         """Give a sealed directory its place. One already there is kept if intact, and replaced if it is damaged."""
         target = self.path(digest)
         if os.path.lexists(target):
-            if self._is_intact(target, digest):
+            if self.is_intact(digest):
                 return
             logger.warning("the stored files of %s were damaged; replacing them", digest)
             self.remove(digest)
         os.rename(staged, target)
         files.fsync_directory(self.root)
 
+    def is_intact(self, digest: str) -> bool:
+        """Whether the files of `digest` are stored, and are what it says. Reads them."""
+        try:
+            return files.digest_of(self.path(digest)) == digest
+        except (OSError, AdapterError):
+            return False
+
     def remove(self, digest: str) -> None:
         """Take a blob away. It leaves by a rename into tmp/, so that a crash never leaves half of it in place."""
-        grave = self._tmp / f"removed-{secrets.token_hex(8)}"
+        grave = self.tmp / f"removed-{secrets.token_hex(8)}"
         try:
             os.rename(self.path(digest), grave)
         except FileNotFoundError:
@@ -87,10 +94,14 @@ class BlobDirectory:
 
     def clear_tmp(self) -> int:
         """Remove what a process that was killed left in tmp/; the number of things removed."""
-        leftovers = list(self._tmp.iterdir())
+        leftovers = self.leftovers()
         for path in leftovers:
             _remove_tree(path)
         return len(leftovers)
+
+    def leftovers(self) -> list[Path]:
+        """What is in tmp/. At a start, and for whoever else owns the directory, nothing of it is in use."""
+        return sorted(self.tmp.iterdir())
 
     def sweep(self, in_use: Collection[str]) -> int:
         """Remove every blob that is not in use; the number removed."""
@@ -98,13 +109,6 @@ class BlobDirectory:
         for digest in orphans:
             self.remove(digest)
         return len(orphans)
-
-    @staticmethod
-    def _is_intact(target: Path, digest: str) -> bool:
-        try:
-            return files.digest_of(target) == digest
-        except (OSError, AdapterError):
-            return False
 
 
 def _remove_tree(path: Path) -> None:

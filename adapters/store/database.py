@@ -2,13 +2,16 @@
 
 StoreError
 ├── StorageFull          the disk is full; nothing has changed
-├── StoreCorrupt         not our database, damaged, or of a newer release
+├── StoreCorrupt
+│   ├── DatabaseDamaged      damaged, or lost while the files that it names are there
+│   └── NotOurDatabase       somebody else's, or of another release
 └── CommitUncertain      a commit failed half way: only the next start knows whether it happened
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +39,22 @@ class CommitUncertain(StoreError):
     pass
 
 
+class DatabaseDamaged(StoreCorrupt):
+    """`reason` completes "the database is …"."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        command = f"vblora-serve doctor --data-dir {shlex.quote(str(path.parent))} --repair"
+        super().__init__(
+            f"{path} is {reason}; the adapters' files beside it are untouched: restore it from a backup, or run "
+            f"`{command}`, which restores the copy that the store itself keeps"
+        )
+        self.reason = reason
+
+
+class NotOurDatabase(StoreCorrupt):
+    """It may well be sound: nothing here may replace it."""
+
+
 class Database:
     """One connection. It may be used by any thread, by one at a time: callers hold their own lock.
 
@@ -60,11 +79,15 @@ class Database:
     @property
     def is_new(self) -> bool:
         """Whether no schema has been written yet."""
-        return self._pragma("user_version") == 0
+        return self.schema_version == 0
+
+    @property
+    def schema_version(self) -> int:
+        return self._pragma("user_version")
 
     def migrate(self) -> None:
         """Bring the schema up to date, each step in a transaction of its own."""
-        for version in range(self._pragma("user_version"), schema.VERSION):
+        for version in range(self.schema_version, schema.VERSION):
             with self.writing() as sql:
                 for statement in schema.MIGRATIONS[version]:
                     sql.execute(statement)
@@ -121,20 +144,27 @@ class Database:
     def _refuse_foreign(self) -> None:
         is_empty = self._pragma("schema_version") == 0
         if not is_empty and self._pragma("application_id") != schema.APPLICATION_ID:
-            raise StoreCorrupt(
+            raise NotOurDatabase(
                 f"{self.path} is a SQLite database, but not an adapter store's: choose another data directory"
             )
-        version = self._pragma("user_version")
+        version = self.schema_version
         if version > schema.VERSION:
-            raise StoreCorrupt(
+            raise NotOurDatabase(
                 f"{self.path} has schema {version}, and this release knows schemas up to {schema.VERSION}: "
                 "start the newer release that wrote it, or restore a backup from before the upgrade"
             )
 
+    def check_integrity(self) -> None:
+        """Reads all of the file, indexes included. Raises DatabaseDamaged."""
+        with self.reading() as connection:
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if verdict != "ok":
+            raise DatabaseDamaged(self.path, f"damaged ({verdict})")
+
     def _refuse_damaged(self) -> None:
         (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise self._corrupt(verdict)
+            raise DatabaseDamaged(self.path, f"damaged ({verdict})")
 
     def _pragma(self, name: str) -> int:
         (value,) = self.connection.execute(f"PRAGMA {name}").fetchone()
@@ -145,16 +175,10 @@ class Database:
         if code == sqlite3.SQLITE_FULL:
             return storage_full()
         if code in _CORRUPT:
-            return self._corrupt(str(error))
+            return DatabaseDamaged(self.path, f"damaged ({error})")
         if code in _REFUSED:
             return StoreError(f"the adapter store cannot use {self.path}: {error}")
         return None
-
-    def _corrupt(self, reason: str) -> StoreCorrupt:
-        return StoreCorrupt(
-            f"{self.path} is damaged ({reason}): restore it from a backup, or salvage it with "
-            f"`sqlite3 {self.path.name} .recover`; the adapters' files beside it are untouched"
-        )
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -74,16 +74,33 @@ def _update_with_file(digest: hashlib._Hash, path: Path) -> None:
 
 
 def make_durable(directory: Path) -> None:
-    """Make the directory and its files private (0700, 0600) and put them on the disk, contents before names."""
+    """Make the directory and its files private (0700, 0600) and put them on the disk, contents before names.
+
+    Raises UnsupportedCheckpoint as `regular_files` does, and for a file with a second hard link.
+    """
     for path in regular_files(directory):
         descriptor = _open_plain(path)
         try:
+            if os.fstat(descriptor).st_nlink > 1:
+                raise UnsupportedCheckpoint(
+                    f"{path.name!r} has another name elsewhere, by which it could be changed: copy the file",
+                    subject=path.name,
+                )
             os.fchmod(descriptor, 0o600)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     os.chmod(directory, 0o700)
     fsync_directory(directory)
+
+
+def fsync_file(path: Path) -> None:
+    """Put a file's contents on the disk."""
+    descriptor = _open_plain(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -19,6 +19,11 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_digest(digest: str) -> bool:
+    """Whether `digest` is one, written in full."""
+    return _DIGEST.fullmatch(digest) is not None
+
+
 def check_name(name: str, reserved: Collection[str] = ()) -> None:
     """Raise InvalidName unless an adapter may be called `name`."""
     if not is_name(name):
@@ -33,7 +38,7 @@ def check_name(name: str, reserved: Collection[str] = ()) -> None:
 
 def check_digest(digest: str) -> None:
     """Raise InvalidSelection unless `digest` is written in full."""
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidSelection(f"{digest[:80]!r} is not a digest: write sha256:<64 hex digits>", subject="digest")
 
 

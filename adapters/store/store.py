@@ -16,12 +16,13 @@ from adapters.errors import (
     AdapterUnavailable,
     InvalidSelection,
     StorageFull,
-    StoreCorrupt,
     StoreError,
 )
+from adapters.store import schema
+from adapters.store.backup import Backup
 from adapters.store.blobs import BlobDirectory
 from adapters.store.catalog import Catalog
-from adapters.store.database import CommitUncertain, Database
+from adapters.store.database import CommitUncertain, Database, DatabaseDamaged
 from adapters.store.files import make_directory, storage_errors
 from adapters.store.lock import DirectoryLock
 from adapters.store.names import check_name, is_name
@@ -66,11 +67,14 @@ class AdapterStore:
             self._database = Database(data_dir / "store.sqlite3")
             opened.callback(self._database.close)
             self._refuse_lost_database()
-            self._database.migrate()
+            self._backup = Backup(self._database.path, self._blobs.tmp)
+            self._upgrade()
             with self._reading() as catalog:
                 orphans = self._blobs.sweep(catalog.digests())
             self._reserve = Reserve(data_dir / "reserve")
             self._reserve.fill()
+            self._backup.write()
+            opened.callback(self._backup.write_if_changed)
             self._opened = opened.pop_all()
         if leftovers or orphans:
             logger.info("swept up %d leftovers and %d unreferenced adapters' files", leftovers, orphans)
@@ -111,6 +115,7 @@ class AdapterStore:
                 self._drop_unreferenced([digest])
                 raise
             self._drop_unreferenced(pruned)
+        self._backup.note_change()
         return record
 
     def get(self, tenant: str, name: str) -> AdapterRecord:
@@ -168,6 +173,7 @@ class AdapterStore:
                 record = self._forget(tenant, name)
             self._drop_unreferenced(version.digest for version in record.versions)
             self._reserve.fill()
+        self._backup.note_change()
         return record
 
     def rollback(self, tenant: str, name: str, digest_prefix: str) -> AdapterRecord:
@@ -185,7 +191,9 @@ class AdapterStore:
                 )
             if version.digest != record.digest:
                 catalog.make_current(tenant, name, version.digest, time.time())
-            return _find(catalog, tenant, name)
+            record = _find(catalog, tenant, name)
+        self._backup.note_change()
+        return record
 
     def activate(self, tenant: str, name: str, mode: str) -> Activation:
         """Make an adapter visible to the tenant its default, in place of any other.
@@ -197,12 +205,15 @@ class AdapterStore:
         with self._writing() as catalog:
             activation = Activation(tenant, name, mode, _find_visible(catalog, tenant, name).tenant)
             catalog.activate(activation)
+        self._backup.note_change()
         return activation
 
     def deactivate(self, tenant: str, name: str) -> bool:
         """Leave the tenant without a default; whether that adapter, existing or not, was it."""
         with self._writing() as catalog:
-            return is_name(name) and catalog.deactivate(tenant, name)
+            was_active = is_name(name) and catalog.deactivate(tenant, name)
+        self._backup.note_change()
+        return was_active
 
     def active(self, tenant: str) -> Activation | None:
         """The tenant's default."""
@@ -268,13 +279,16 @@ class AdapterStore:
             except (OSError, StoreError) as error:
                 logger.warning("the files of %s stay until the next start: %s", digest, error)
 
+    def _upgrade(self) -> None:
+        version = self._database.schema_version
+        if 0 < version < schema.VERSION:
+            self._backup.keep_before_upgrade(version)
+        self._database.migrate()
+
     def _refuse_lost_database(self) -> None:
         """Without this, a lost database would make every adapter on the disk an orphan, and sweep it."""
         if self._database.is_new and any(True for _ in self._blobs.digests()):
-            raise StoreCorrupt(
-                f"{self._database.path} is missing or empty, but {self._blobs.root} has adapters: "
-                "restore the database from a backup, or move blobs/ away to start afresh"
-            )
+            raise DatabaseDamaged(self._database.path, f"missing or empty, but {self._blobs.root} has adapters")
 
     @contextmanager
     def _reading(self) -> Iterator[Catalog]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,23 +19,36 @@ from service.api.source_errors import SourceNotFound, bad_source, too_large
 
 _CHUNK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_ON_THE_WAY = os.O_DIRECTORY | getattr(
+    os, "O_PATH", os.O_RDONLY
+)  # passed through, not read, where there is a difference
 
 
 def copy_directory(directory: Path, staged: Path, *, max_bytes: int, follow_links: bool = False) -> None:
     """Copies an adapter's files from `directory` into `staged`. Blocks on the disk.
 
-    Links among its files are followed only with `follow_links`; the directory's own path never ends in one without.
-    Raises SourceNotFound, or ApiError for files that cannot be taken.
+    Links are followed only with `follow_links`: without, neither among its files nor anywhere in its own path, which
+    is absolute and resolved already. Raises SourceNotFound, or ApiError for files that cannot be taken.
     """
-    flags = 0 if follow_links else os.O_NOFOLLOW
     try:
-        descriptor = os.open(directory, _DIRECTORY | flags)
+        descriptor = os.open(directory, _DIRECTORY) if follow_links else _open_without_links(directory)
     except OSError as error:
         raise SourceNotFound(
             f"{str(directory)!r} is not a directory that the server can read: {error.strerror}"
         ) from error
     with _closing(descriptor):
-        _copy_files(descriptor, staged, max_bytes, flags)
+        _copy_files(descriptor, staged, max_bytes, 0 if follow_links else os.O_NOFOLLOW)
+
+
+def _open_without_links(directory: Path) -> int:
+    """Opens one part of the path after the other: a link put there since the path was resolved is not followed."""
+    root, *parts = directory.parts
+    descriptor = os.open(root, _ON_THE_WAY)
+    for i, part in enumerate(parts):
+        how = _DIRECTORY if i == len(parts) - 1 else _ON_THE_WAY
+        with _closing(descriptor):
+            descriptor = os.open(part, how | os.O_NOFOLLOW, dir_fd=descriptor)
+    return descriptor
 
 
 def copy_child(root: Path, name: str, staged: Path, *, max_bytes: int) -> None:
@@ -86,7 +98,7 @@ def _copy_file(directory: int, name: str, target: Path, room: int, flags: int) -
     except OSError as error:
         reason = "it is a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror
         raise bad_source(f"{name} cannot be read: {reason}") from error
-    with open(descriptor, "rb") as file:
+    with _closing(descriptor):
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise bad_source(f"{name} is not a plain file: copy the adapter into a directory of plain files")
@@ -94,6 +106,8 @@ def _copy_file(directory: int, name: str, target: Path, room: int, flags: int) -
             raise too_large(name, status.st_size, f"the {MAX_OPTIONAL_BYTES:,} that it may take")
         if status.st_size > room:
             raise too_large(name, status.st_size, "--max-upload allows for an adapter")
-        with open(target, "xb") as copy:
-            shutil.copyfileobj(file, copy, _CHUNK)
+        with open(descriptor, "rb", closefd=False) as file, open(target, "xb") as copy:
+            remaining = status.st_size  # and no more, should it grow
+            while remaining and (chunk := file.read(min(_CHUNK, remaining))):
+                remaining -= copy.write(chunk)
         return status.st_size

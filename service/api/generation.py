@@ -65,21 +65,16 @@ class EventStream:
     """
 
     def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], observation: Observation) -> None:
-        """Submits the requests. Raises EngineError if the engine refuses one; none of them is answered then."""
+        """Submits the requests. Raises EngineError if the engine refuses them."""
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._first: Event | None = None
-        self._open: set[str] = set()  # ids of those that have not ended
         self._observation = observation
-        try:
-            for request in requests:
-                engine.submit(request, self._deliver)
-                self._open.add(request.request_id)
-                observation.accepted(request)
-        except BaseException:
-            self.close()
-            raise
+        engine.submit(requests, self._deliver)
+        self._open = {request.request_id for request in requests}  # those that have not ended
+        for request in requests:
+            observation.accepted(request)
 
     async def __aenter__(self) -> EventStream:
         return self

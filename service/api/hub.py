@@ -2,7 +2,8 @@
 
 The revision is resolved to a commit first, and only the files that an adapter consists of are asked for, at that
 commit, by our names for them: nothing in a repository decides what is written where. The client, its token, HF_ENDPOINT
-and HF_HUB_OFFLINE are those of huggingface_hub.
+and HF_HUB_OFFLINE are those of huggingface_hub. So is the way redirects are followed, the token staying with its host;
+but unless HF_ENDPOINT itself is http, nothing but https is spoken on any hop.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -48,6 +50,7 @@ def fetch_from_hub(
     `adapter_unavailable` if the Hub cannot be reached, else `invalid_request`.
     """
     deadline = _Deadline(timeout_s, clock)
+    _speak_https_only(get_session())
     with _hub_errors(repo, deadline):
         commit, sizes = _resolve(repo, deadline)
         resolved = replace(repo, revision=commit)
@@ -56,6 +59,22 @@ def fetch_from_hub(
         for name, size in sizes.items():
             _download(resolved, name, size, staged / name, deadline)
     return resolved
+
+
+class _NotEncrypted(HTTPError):  # type: ignore[misc]
+    """A request, or a redirect, to an address that is not https."""
+
+
+def _refuse_plain(request: Any) -> None:
+    if request.url.scheme != "https" and constants.ENDPOINT.startswith("https:"):
+        raise _NotEncrypted(f"{request.url.scheme}://{request.url.host} is not https")
+
+
+def _speak_https_only(session: Any) -> None:
+    """Has the Hub's client look at every request, those that redirects lead to as well."""
+    hooks = session.event_hooks
+    if _refuse_plain not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _refuse_plain]}
 
 
 class _Deadline:
@@ -150,6 +169,8 @@ def _hub_errors(repo: HubRepo, deadline: _Deadline) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise _unavailable(f"the Hub's answer for {repo} cannot be read; try again") from error
+    except _NotEncrypted as error:
+        raise _unavailable(f"the Hub leads away from https for {repo} ({error}), which is not followed") from error
     except (TimeoutError, HTTPError) as error:
         if isinstance(error, TimeoutError) or deadline.passed:
             raise ApiError(

@@ -32,7 +32,7 @@ class HubRepo:
     def parse(cls, text: str) -> Self:
         """From `org/repo` or `org/repo@revision`, with or without `hf://`. Raises ValueError."""
         match = _REPO.fullmatch(text)
-        if match is None or not _is_id(f"{match[1]}/{match[2]}"):
+        if match is None or not _is_id(f"{match[1]}/{match[2]}") or ".." in (match[3] or ""):
             raise ValueError(
                 f"{text[:200]!r} is no repository of the Hub: write hf://org/repo or hf://org/repo@revision"
             )

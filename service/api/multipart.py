@@ -10,7 +10,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.api.errors import ApiError
 
-_MAX_HEADER_BYTES = 4096
+_MAX_HEADER_BYTES = 4096  # of all headers of one part
+_MAX_SURROUNDING_BYTES = 4096  # before the first boundary and after the last, where nothing means anything
 
 
 class Part(Protocol):
@@ -34,7 +35,9 @@ class FormReader:
         self._part: Part | None = None
         self._field, self._value = bytearray(), bytearray()
         self._disposition = b""
-        self._complete = False
+        self._header_bytes = 0
+        self._surrounding_bytes = 0
+        self._begun = self._complete = False
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise malformed("its Content-Type names no boundary")
@@ -44,10 +47,15 @@ class FormReader:
             raise malformed(str(error)) from error
 
     def feed(self, chunk: bytes) -> None:
+        had_ended = self._complete
         try:
             self._parser.write(chunk)
         except FormParserError as error:
             raise malformed(str(error)) from error
+        if had_ended or not self._begun:
+            self._surrounding_bytes += len(chunk)
+            if self._surrounding_bytes > _MAX_SURROUNDING_BYTES:
+                raise malformed(f"it has more than {_MAX_SURROUNDING_BYTES:,} bytes around its parts")
 
     def finish(self) -> None:
         """Raises ApiError unless the form came to its end."""
@@ -63,8 +71,8 @@ class FormReader:
     def _callbacks(self) -> Any:
         return {
             "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: _grow(self._field, data[start:end]),
-            "on_header_value": lambda data, start, end: _grow(self._value, data[start:end]),
+            "on_header_field": lambda data, start, end: self._grow(self._field, data[start:end]),
+            "on_header_value": lambda data, start, end: self._grow(self._value, data[start:end]),
             "on_header_end": self._end_header,
             "on_headers_finished": self._open,
             "on_part_data": self._write,
@@ -73,7 +81,15 @@ class FormReader:
         }
 
     def _begin(self) -> None:
+        self._begun = True
         self._disposition = b""
+        self._header_bytes = 0
+
+    def _grow(self, buffer: bytearray, data: bytes) -> None:
+        buffer += data
+        self._header_bytes += len(data)
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            raise malformed(f"a part's header is longer than {_MAX_HEADER_BYTES:,} bytes")
 
     def _end_header(self) -> None:
         if self._field.lower() == b"content-disposition":
@@ -96,12 +112,6 @@ class FormReader:
 
     def _end(self) -> None:
         self._complete = True
-
-
-def _grow(buffer: bytearray, data: bytes) -> None:
-    buffer += data
-    if len(buffer) > _MAX_HEADER_BYTES:
-        raise malformed(f"a part's header is longer than {_MAX_HEADER_BYTES:,} bytes")
 
 
 def malformed(why: str) -> ApiError:

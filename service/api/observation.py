@@ -19,10 +19,13 @@ from service.engine.sequence import GenerationRequest
 
 
 async def observe(
-    state: ServerState, scope: Scope, generations: Sequence[GenerationRequest], *, stream: bool
+    state: ServerState, scope: Scope, generation_id: str, generations: Sequence[GenerationRequest], *, stream: bool
 ) -> Observation:
-    """Begins to observe what is about to be submitted for one HTTP request, whose access line will tell of it."""
-    observation = Observation(generations, state.metrics, stream=stream)
+    """Begins to observe what is about to be submitted for one HTTP request, whose access line will tell of it.
+
+    `generation_id` is what its answer is called; the ids of several generations begin with it.
+    """
+    observation = Observation(generation_id, generations, state.metrics, stream=stream)
     if state.settings.log_prompts:
         prompt_ids = [generation.prompt_ids for generation in generations]
         observation.keep_texts(await to_thread.run_sync(lambda: [state.tokenizer.decode(ids) for ids in prompt_ids]))
@@ -39,7 +42,10 @@ def access_fields(scope: Scope) -> dict[str, Any]:
 class Observation:
     """One HTTP request's generations, at least one, all with one selection. Used on the event loop alone."""
 
-    def __init__(self, generations: Sequence[GenerationRequest], metrics: Metrics, *, stream: bool) -> None:
+    def __init__(
+        self, generation_id: str, generations: Sequence[GenerationRequest], metrics: Metrics, *, stream: bool
+    ) -> None:
+        self._generation_id = generation_id
         self._generations = {each.request_id: _Generation(each, metrics) for each in generations}
         self._metrics = metrics
         self._stream = stream
@@ -70,7 +76,7 @@ class Observation:
         reasons = [reason for each in generations for _, reason in sorted(each.finish_reasons.items())]
         outputs = ["".join(parts) for each in generations for parts in each.texts or ()]
         return {
-            "generation_id": ",".join(self._generations),
+            "generation_id": self._generation_id,
             "tenant": first.tenant or None,
             "selection": first.selection.names,
             "digest": first.selection.header,

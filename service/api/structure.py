@@ -7,17 +7,17 @@ from typing import Any
 
 from service.api.deps import ServerState
 from service.api.errors import ApiError
-from service.api.schemas.openai import JsonObjectFormat, JsonSchemaResponseFormat, OpenAIFields
+from service.api.schemas.openai import JsonObjectFormat, JsonSchemaFormat, JsonSchemaResponseFormat, OpenAIFields
 from service.engine.guide import Grammar
 
 
 def grammar_of(state: ServerState, body: OpenAIFields) -> Grammar | None:
     """Compiles. Raises ApiError for what cannot be, and when the server lacks the library for it."""
     match body.response_format:
-        case JsonObjectFormat():
+        case JsonObjectFormat() | JsonSchemaResponseFormat(json_schema=JsonSchemaFormat(json_schema=None)):
             return state.guidance.json_object()
-        case JsonSchemaResponseFormat(json_schema=wanted):
-            return state.guidance.json_schema(wanted.json_schema)
+        case JsonSchemaResponseFormat(json_schema=JsonSchemaFormat(json_schema=dict() as schema)):
+            return state.guidance.json_schema(schema)
     if body.guided_json is not None:
         return state.guidance.json_schema(_schema(body.guided_json), param="guided_json")
     if body.guided_regex is not None:

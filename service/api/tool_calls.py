@@ -1,7 +1,7 @@
 """Reading a model's output as it comes: plain text, the arguments of a forced call, or calls among text.
 
 A reader takes one choice's text piece by piece and says what is new, as a chat's stream sends it; a whole answer is
-the sum of these.
+the sum of these. A call's arguments are passed on as the model wrote them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from service.api.json_text import elements, members
 from service.api.schemas.chat import ChatDelta, FunctionCallView, ToolCallView
 from service.engine.detokenizer import overlap
 
@@ -20,7 +21,7 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 class OutputReader(Protocol):
     @property
     def called(self) -> bool:
-        """Whether what was read so far holds a call."""
+        """Whether what was read so far holds a call that the model chose, which ends with `tool_calls`."""
         ...
 
     def push(self, text: str) -> ChatDelta:
@@ -43,9 +44,9 @@ class PlainText:
 
 
 class Arguments:
-    """A forced call of one tool: the text is its arguments."""
+    """A call of the one tool that was named: the text is its arguments. The model chose nothing."""
 
-    called = True
+    called = False
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -77,8 +78,8 @@ class CallArray:
 
     def finish(self) -> ChatDelta:
         try:
-            written = json.loads(self._text)
-            calls = [_call(i, call["name"], _as_text(call["parameters"])) for i, call in enumerate(written)]
+            written = [members(call) for call in elements(self._text)]
+            calls = [_call(i, json.loads(call["name"]), call["parameters"]) for i, call in enumerate(written)]
         except (ValueError, RecursionError):
             return ChatDelta(content=self._text)
         self.called = True
@@ -88,10 +89,11 @@ class CallArray:
 class TaggedCalls:
     """Text in which a call is <tool_call>{"name": …, "arguments": …}</tool_call>, as Hermes and Qwen models write it.
 
-    What is tagged and no call is text.
+    What is tagged and no call is text. Calls beyond the `most` that were asked for are left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._held = ""
         self._inside = False
         self._calls = 0
@@ -117,8 +119,10 @@ class TaggedCalls:
             self._held = after
             if not self._inside:
                 content += before
-            elif (call := self._parse(before)) is not None:
-                calls.append(call)
+            elif (call := _parse(before)) is not None:
+                if self._calls != self._most:
+                    calls.append(_call(self._calls, *call))
+                    self._calls += 1
             else:
                 content += f"{_OPEN}{before}{_CLOSE}"
             self._inside = not self._inside
@@ -130,17 +134,6 @@ class TaggedCalls:
             content += self._held[: len(self._held) - kept]
             self._held = self._held[len(self._held) - kept :]
         return _delta(content, calls)
-
-    def _parse(self, text: str) -> ToolCallView | None:
-        try:
-            written = json.loads(text)
-            if not isinstance(written, dict) or not isinstance(written.get("name"), str):
-                return None
-            call = _call(self._calls, written["name"], _as_text(written.get("arguments", {})))
-        except (ValueError, RecursionError):
-            return None
-        self._calls += 1
-        return call
 
 
 def joined(deltas: Sequence[ChatDelta]) -> ChatDelta:
@@ -154,8 +147,16 @@ def _delta(content: str, calls: list[ToolCallView]) -> ChatDelta:
     return ChatDelta(**{name: value for name, value in fields.items() if value})
 
 
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _parse(text: str) -> tuple[str, str] | None:
+    """The name and the arguments, which may be written as JSON or as a string of JSON; None if it is no call."""
+    try:
+        call = members(text)
+    except (ValueError, RecursionError):
+        return None
+    name, arguments = call.get("name", ""), call.get("arguments", "{}")
+    if not name.startswith('"'):
+        return None
+    return json.loads(name), json.loads(arguments) if arguments.startswith('"') else arguments
 
 
 def _call(index: int, name: str, arguments: str) -> ToolCallView:

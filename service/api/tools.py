@@ -53,7 +53,8 @@ def tool_use(body: ChatRequest, template: str | None) -> ToolUse:
             "not: ask for 'required', name one function, or 'none'",
             param="tool_choice",
         )
-    return ToolUse(TaggedCalls, shown=True)
+    most = 1 if body.parallel_tool_calls is False else None
+    return ToolUse(partial(TaggedCalls, most), shown=True)
 
 
 def _named(functions: Sequence[FunctionSpec], name: str) -> ToolUse:

@@ -54,7 +54,7 @@ def _one_adapter(model: Any, adapters: Sequence[WeightedDirectory], written: Pat
         write_adapter(checkpoints[0][0], written)
     else:
         members = [(_compact(checkpoint), weight) for checkpoint, weight in checkpoints]
-        write_adapter(blend(members, dict(model.named_parameters())), written)
+        write_adapter(blend(members, dict(model.named_parameters()).get), written)
     return written
 
 

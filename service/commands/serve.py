@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the proxies in front, which would else send on a connection that is being closed
+_LONGEST_STALL_S = 86_400  # what a socket option of 32 bits holds, and nobody waits for longer
 _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 
 
@@ -116,6 +117,8 @@ def serve(
 
     `announce` is called once the server accepts connections.
     """
+    if server.state.settings.request_timeout_s is not None:
+        give_up_on_stalled_clients(listener, server.state.settings.request_timeout_s)
     config = uvicorn.Config(
         create_app(server.state),
         log_config=None,
@@ -127,6 +130,16 @@ def serve(
         timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
     )
     DrainingServer(config, server.engine, drain_timeout_s, announce).run([listener])
+
+
+def give_up_on_stalled_clients(listener: socket.socket, seconds: float) -> None:
+    """Has the system close every connection whose client takes nothing of what is sent to it for so long.
+
+    Else it would be held for ever, with an answer that was complete long ago. Linux alone can.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None:
+        listener.setsockopt(socket.IPPROTO_TCP, option, math.ceil(1000 * min(seconds, _LONGEST_STALL_S)))
 
 
 class DrainingServer(uvicorn.Server):

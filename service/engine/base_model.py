@@ -89,10 +89,11 @@ def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrain
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log is no place for one
     try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(device).eval().requires_grad_(False)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
+        loaded = loaded.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
     return Pretrained(config, tokenizer, loaded)
@@ -139,9 +140,9 @@ def modules_of(model: Any, config: Any) -> BaseModules:
 def skeleton(model: str) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return modules_of(AutoModelForCausalLM.from_config(config), config)
+            return modules_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False), config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
 

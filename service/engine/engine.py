@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,27 +90,16 @@ class BatchEngine:
     def max_context(self) -> int:
         return self._limits.max_context
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
-        self._check(request)
-        job = make_job(request, sink, self._decoder, self._ended)
+    def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
+        self._check_number(sum(request.n for request in requests))
+        for request in requests:
+            self._check(request)
+        jobs = [make_job(request, sink, self._decoder, self._ended) for request in requests]
         with self._changed:
-            if self._state is not EngineState.READY:
-                raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
-            if request.request_id in self._jobs:
-                raise InvalidRequest(f"a request with the id {request.request_id!r} is already running")
-            queued = self._queued()
-            if queued + request.n > self._limits.max_queue:
-                raise Overloaded(
-                    f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            self._jobs[request.request_id] = job
-            if not self._may_pin(job):
-                self._park(job)
-            elif not self._take_loaded(job):
-                self._loaders.submit(self._load, job)
-            if job.deadline is not None:
-                self._inbox.put(lambda: None)  # the engine's thread may be asleep with no deadline to wake it
+            self._check_room(requests)
+            self._jobs |= {job.request.request_id: job for job in jobs}
+            for job in jobs:
+                self._take(job)
 
     def cancel(self, request_id: str) -> None:
         self._inbox.put(lambda: self._cancel(request_id))
@@ -169,15 +158,44 @@ class BatchEngine:
         """Choices accepted and not yet running."""
         return sum(s.status is SequenceStatus.WAITING for job in self._jobs.values() for s in job.sequences)
 
+    def _check_number(self, choices: int) -> None:
+        if choices > self._limits.max_queue:
+            raise InvalidRequest(
+                f"the request asks for {choices} choices, its prompts times n, and the queue of this server takes "
+                f"{self._limits.max_queue} (--max-queue): ask for fewer, or send several requests",
+                param="n",
+            )
+
+    def _check_room(self, requests: Sequence[GenerationRequest]) -> None:
+        """Whether they can be accepted now. Under the lock."""
+        if self._state is not EngineState.READY:
+            raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+        for request in requests:
+            if request.request_id in self._jobs:
+                raise InvalidRequest(f"a request with the id {request.request_id!r} is already running")
+        queued = self._queued()
+        if queued + sum(request.n for request in requests) > self._limits.max_queue:
+            raise Overloaded(
+                f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def _take(self, job: Job) -> None:
+        """Sets an accepted job going. Under the lock."""
+        if not self._may_pin(job):
+            self._park(job)
+        elif not self._take_loaded(job):
+            self._loaders.submit(self._load, job)
+        if job.deadline is not None:
+            self._inbox.put(lambda: None)  # the engine's thread may be asleep with no deadline to wake it
+
     def _check(self, request: GenerationRequest) -> None:
         prompt, context = len(request.prompt_ids), self._limits.max_context
         if prompt == 0:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         if prompt + request.params.max_new_tokens > context:
             raise ContextLengthExceeded(
-                f"the prompt has {prompt} tokens and max_new_tokens is {request.params.max_new_tokens}, together more "
-                f"than the context of {context}; shorten the prompt or ask for fewer tokens",
-                param="prompt",
+                prompt_tokens=prompt, max_new_tokens=request.params.max_new_tokens, context=context
             )
         longest = prompt + request.params.max_new_tokens
         if not self._worker.can_ever_run(longest):
@@ -333,8 +351,13 @@ class BatchEngine:
     def _cancel(self, request_id: str) -> None:
         with self._changed:
             job = self._jobs.get(request_id)
-        if job is not None:
+        if job is None:
+            return
+        try:
             job.cancel()
+        except Exception as error:  # what is held back of its text may be what cannot be decoded
+            log.exception("request %s could not be cancelled in order", request_id)
+            job.fail(*failure(error))
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -30,6 +30,19 @@ class InvalidRequest(EngineError):
 class ContextLengthExceeded(EngineError):
     code = "context_length_exceeded"
 
+    def __init__(self, *, prompt_tokens: int, max_new_tokens: int, context: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.context = context
+        super().__init__(self.describe(), param="prompt")
+
+    def describe(self, prompt: str = "prompt", max_new_tokens: str = "max_new_tokens") -> str:
+        """The message, with the names that a client has for the two."""
+        return (
+            f"the context of {self.context} tokens does not hold the {self.prompt_tokens} of the {prompt} and "
+            f"{self.max_new_tokens} more ({max_new_tokens}): shorten the {prompt} or ask for fewer tokens"
+        )
+
 
 class Overloaded(EngineError):
     code = "overloaded"

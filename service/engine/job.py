@@ -13,7 +13,6 @@ import torch
 from adapters.factors import AdapterFactors
 from service.engine.detokenizer import Decoder, TextStream
 from service.engine.events import (
-    Event,
     EventSink,
     FailedEvent,
     FinishedEvent,
@@ -96,7 +95,7 @@ class Job:
         if choice.text.stopped:  # a stop string may be complete only in what was held back
             reason = FinishReason.STOP
         logprobs = () if logprob is None else (logprob,)
-        self._emit(TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason))
+        self.sink(TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason))
         if reason is not None:
             self._close(choice)
 
@@ -105,11 +104,11 @@ class Job:
         self.prompt_logprobs += logprobs
         if self.is_scoring and len(self.prompt_logprobs) == len(self.request.prompt_ids):
             self.is_scoring = False
-            self._emit(PromptEvent(self.request.request_id, tuple(self.prompt_logprobs)))
+            self.sink(PromptEvent(self.request.request_id, tuple(self.prompt_logprobs)))
 
     def finish_without_tokens(self, choice: Choice) -> None:
         """The end of a choice that was asked for nothing but its prompt."""
-        self._emit(
+        self.sink(
             TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.LENGTH)
         )
         self._close(choice)
@@ -118,7 +117,7 @@ class Job:
         """Ends every open choice as cancelled."""
         for choice in self.choices:
             if choice.sequence.status is not SequenceStatus.FINISHED:
-                self._emit(
+                self.sink(
                     TokenEvent(
                         self.request.request_id,
                         choice.sequence.choice,
@@ -158,15 +157,13 @@ class Job:
     def _end(self, event: FinishedEvent | FailedEvent) -> None:
         assert not self.ended, "a request ended twice"
         self.ended = True
-        self._emit(event)
-        self.on_end(self)
-
-    def _emit(self, event: Event) -> None:
         try:
             self.sink(event)
         except Exception:
-            # A sink belongs to the caller; its failure must not take the engine's thread down.
+            # A sink belongs to the caller; its failure must not take the engine's thread down. What it raises for any
+            # other event ends the request: an answer with a hole must not look whole.
             log.exception("the event sink of request %s failed", self.request.request_id)
+        self.on_end(self)
 
 
 def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_end: Callable[[Job], None]) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -58,8 +59,9 @@ class Engine(Protocol):
         """The most tokens, prompt and output together, that one request may have."""
         ...
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
-        """Accepts a request, whose events go to `sink`, from the engine's threads, ending in one terminal event.
+    def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
+        """Accepts requests, all or none. Their events go to `sink`, from the engine's threads, each one's ending in one
+        terminal event.
 
         Raises EngineError instead of accepting: InvalidRequest, ContextLengthExceeded, Overloaded, EngineUnavailable.
         """

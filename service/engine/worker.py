@@ -163,7 +163,16 @@ class Worker:
         """Rows that decode stand before those whose prompts still run, so that the model reads them in place."""
         rows = self._scheduler.line_up()
         if rows is not None:
+            self._keep(rows)
+
+    def _keep(self, rows: Seq[int]) -> None:
+        """Keeps these rows, in this order. If they cannot be moved, their requests fail and all rows are given up."""
+        try:
             self._runner.keep(rows)
+        except Exception as error:
+            self._fail(self._scheduler.running, error)
+            self._scheduler.remove_finished()
+            self._runner.keep([])
 
     def _fits(self, lengths: Seq[int]) -> bool:
         """Whether rows of these lengths fit; cached prefixes make room for them."""
@@ -294,10 +303,12 @@ class Worker:
             if len(sequences) == 1 or is_fatal(error):
                 self._fail(sequences, error)
                 return []
-            half = len(sequences) // 2
-            halves = (sequences[:half], tokens[:half]), (sequences[half:], tokens[half:])
-            return [answer for each in halves for answer in self._forward(*each, every_position=every_position)]
-        return list(zip(sequences, token_logits, strict=True))
+        else:
+            return list(zip(sequences, token_logits, strict=True))
+        # Out here the error is gone, and with its traceback what the forward held in memory: it may have been too much.
+        half = len(sequences) // 2
+        halves = (sequences[:half], tokens[:half]), (sequences[half:], tokens[half:])
+        return [answer for each in halves for answer in self._forward(*each, every_position=every_position)]
 
     def _fold_or_restore(self) -> None:
         """Folded only while every row of the batch has the one selection that asked for it, or that it pays for."""
@@ -364,7 +375,8 @@ class Worker:
             if is_broken:
                 job.fail("internal_error", _BROKEN)
             elif sequence.params.max_new_tokens == 0:
-                job.finish_without_tokens(choice)
+                with self._blaming(sequence):
+                    job.finish_without_tokens(choice)
             else:
                 with self._blaming(sequence):
                     rows[i] = _sampling_row(choice)
@@ -420,7 +432,7 @@ class Worker:
     def _drop_finished(self) -> None:
         rows = self._scheduler.remove_finished()
         if rows is not None:
-            self._runner.keep(rows)
+            self._keep(rows)
         alive = set(self._scheduler)
         for sequence in [s for s in self._owners if s not in alive]:
             del self._owners[sequence]

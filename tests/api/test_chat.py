@@ -275,7 +275,7 @@ def test_a_tool_called_by_name(server: Server) -> None:
     server.engine.script = ARGUMENTS
     (choice,) = chat(server, tools=[WEATHER, CLOCK], tool_choice=NAMED).json()["choices"]
     assert called(choice["message"]) == [("weather", {"town": "Graz"})]
-    assert choice["finish_reason"] == "tool_calls"
+    assert choice["finish_reason"] == "stop"
 
 
 def test_some_tool_called(server: Server) -> None:
@@ -320,7 +320,7 @@ def test_a_stream_of_calls(server: Server, tool_choice: Any, script: str) -> Non
                 assert part["id"].startswith("call_")
                 calls[part["index"]] = [part["function"]["name"], ""]
             calls[part["index"]][1] += part["function"]["arguments"]
-    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert events[-1]["choices"][0]["finish_reason"] == ("tool_calls" if tool_choice == "required" else "stop")
     expected = [("weather", {"town": "Graz"})] + ([("clock", {})] if tool_choice == "required" else [])
     assert [(name, json.loads(arguments)) for name, arguments in calls.values()] == expected
 
@@ -441,6 +441,14 @@ def test_a_model_may_call_tools(server: Server, script: str, content: str | None
     assert [call["index"] for call in streamed] == list(range(len(calls)))
     assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in streamed] == calls
     assert events[-1]["choices"][0]["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+def test_of_several_calls_the_first_is_kept_if_they_may_not_be_parallel(server: Server) -> None:
+    script = f"Let me see. {ONE}{TWO} Done."
+    (choice,) = free_call(server, script, parallel_tool_calls=False).json()["choices"]
+    assert choice["message"]["content"] == "Let me see.  Done."
+    assert [call["function"]["name"] for call in calls_of(choice)] == ["weather"]
+    assert choice["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("stream", [False, True])

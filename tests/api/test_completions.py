@@ -12,7 +12,7 @@ from service.api.completion_writer import CompletionWriter
 from service.api.openai import Envelope
 from service.api.receipt import ReceiptWriter
 from service.api.schemas.completions import CompletionRequest
-from service.engine.errors import Overloaded
+from service.engine.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from service.engine.events import TokenLogprob
 from service.engine.selection import Mode, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
@@ -20,6 +20,7 @@ from tests.api.conftest import ALIAS, BASE, Server, error_of
 from tests.factories import BOS_ID
 from tests.fakes import Failure, fake_text
 
+HI = [{"role": "user", "content": "hi"}]
 NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
@@ -254,18 +255,34 @@ def test_when_one_of_several_prompts_fails_all_do(server: Server) -> None:
 
 
 def test_when_the_engine_refuses_one_of_several_prompts_none_is_answered(server: Server) -> None:
-    submit, asked = server.engine.submit, []
-
-    def refuse_the_second(request: Any, sink: Any) -> None:
-        asked.append(request.request_id)
-        if len(asked) == 2:
-            raise Overloaded("full", retry_after_s=1)
-        submit(request, sink)
-
-    server.engine.submit = refuse_the_second  # type: ignore[method-assign]
+    server.engine.refusal = Overloaded("full", retry_after_s=1)
     error_of(complete(server, prompt=["abc", "d", "e"]), 429, "overloaded")
-    assert len(asked) == 2
-    assert server.engine.cancelled.is_set()
+    assert server.metrics.generations == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "named"),
+    [
+        ("/v1/completions", {"prompt": "hi"}, "prompt", "2 of the prompt and 300 more (max_tokens)"),
+        ("/v1/chat/completions", {"messages": HI}, "messages", "2 of the messages and 300 more (max_tokens)"),
+        ("/generate", {"inputs": "hi"}, "inputs", "2 of the inputs and 300 more (parameters.max_new_tokens)"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_the_clients_words(
+    server: Server, path: str, body: dict[str, Any], param: str, named: str
+) -> None:
+    server.engine.refusal = ContextLengthExceeded(prompt_tokens=2, max_new_tokens=300, context=256)
+    error = error_of(server.client.post(path, json=body), 400, "context_length_exceeded")
+    assert error["param"] == param
+    assert named in error["message"]
+    server.engine.refusal = InvalidRequest("takes more memory than --kv-memory allows", param="prompt")
+    assert error_of(server.client.post(path, json=body), 400, "invalid_request")["param"] == param
+
+
+@pytest.mark.parametrize("schema", [{}, {"schema": None}])
+def test_a_response_format_without_a_schema_is_any_object(server: Server, schema: dict[str, Any]) -> None:
+    complete(server, response_format={"type": "json_schema", "json_schema": {"name": "any", **schema}})
+    assert server.engine.requests[-1].grammar is server.state.guidance.json_object()
 
 
 # --- echo and log-probabilities -------------------------------------------------------------------

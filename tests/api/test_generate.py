@@ -17,6 +17,8 @@ from tests.api.conftest import BASE, Server, error_of
 from tests.factories import BOS_ID
 from tests.fakes import Failure, fake_text
 
+TOO_LONG = ContextLengthExceeded(prompt_tokens=2, max_new_tokens=300, context=256)
+
 
 def test_answers_with_the_base_model(server: Server) -> None:
     response = server.generate(max_new_tokens=8)
@@ -241,7 +243,7 @@ def test_logprobs_name_their_tokens(server: Server) -> None:
     ("refusal", "status", "code"),
     [
         (InvalidRequest("token 999 is not in the vocabulary", param="prompt"), 400, "invalid_request"),
-        (ContextLengthExceeded("too long", param="max_new_tokens"), 400, "context_length_exceeded"),
+        (TOO_LONG, 400, "context_length_exceeded"),
         (Overloaded("the queue is full", retry_after_s=7), 429, "overloaded"),
     ],
 )

@@ -31,7 +31,7 @@ def test_every_other_state_is_503_and_says_why(server: Server, state: EngineStat
 
 def test_metrics_are_rendered_as_they_are(server: Server) -> None:
     response = server.client.get("/metrics")
-    content, content_type = server.metrics.render()
+    content, content_type = server.metrics.render(None)
     assert (response.content, response.headers["content-type"]) == (content, content_type)
 
 

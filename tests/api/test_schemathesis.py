@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,12 @@ class BoundedEngine(FakeEngine):
         super().__init__()
         self.max_context = CONTEXT
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
-        if len(request.prompt_ids) + request.params.max_new_tokens > CONTEXT:
-            raise ContextLengthExceeded("too long", param="prompt")
-        super().submit(request, sink)
+    def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
+        for request in requests:
+            prompt, asked = len(request.prompt_ids), request.params.max_new_tokens
+            if prompt + asked > CONTEXT:
+                raise ContextLengthExceeded(prompt_tokens=prompt, max_new_tokens=asked, context=CONTEXT)
+        super().submit(requests, sink)
 
 
 SETTINGS = ApiSettings(BASE, frozenset({BASE, ALIAS}))

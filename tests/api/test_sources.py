@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from service.api import directories, sources
+from service.api.directories import copy_directory
 from service.api.hub_ids import HubPattern
 from tests.api.conftest import Server, error_of
 from tests.fake_hub import COMMIT, FakeHub
@@ -110,11 +115,132 @@ def test_files_too_large_are_refused(make_server: Callable[..., Server], root: P
     server.assert_nothing_left()
 
 
+@pytest.mark.parametrize("kind", ["socket", "directory"])
+def test_what_is_no_plain_file_is_refused(server: Server, root: Path, kind: str) -> None:
+    weights = root / "sql" / "adapter_model.safetensors"
+    weights.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "socket":
+            listener.bind(os.path.relpath(weights))  # an absolute path may be too long for a socket
+        else:
+            weights.mkdir()
+        error_of(load(server, root / "sql"), 400, "invalid_request")
+    server.assert_nothing_left()
+
+
+def test_a_device_is_refused(server: Server, root: Path) -> None:
+    weights = root / "sql" / "adapter_model.safetensors"
+    weights.unlink()
+    try:
+        os.mknod(weights, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero, which never ends
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    error_of(load(server, root / "sql"), 400, "invalid_request")
+    server.assert_nothing_left()
+
+
+def test_files_with_another_name_are_copied_and_not_shared(server: Server, root: Path, tmp_path: Path) -> None:
+    weights = root / "sql" / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    os.link(weights, tmp_path / "linked")
+    assert load(server, root / "sql").status_code == 201
+    stored = server.store.path(server.digest("sql")) / "adapter_model.safetensors"
+    assert stored.stat().st_nlink == 1
+    assert weights.stat().st_mode & 0o077, "the original is not made private with the copy"
+
+
+def test_a_file_that_grows_is_read_as_far_as_was_checked(
+    server: Server, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = root / "sql" / "adapter_model.safetensors"
+    before, fstat = weights.read_bytes(), os.fstat
+
+    def fstat_then_grow(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        if os.path.samestat(status, weights.stat()):
+            weights.write_bytes(before + b"x" * 10_000)
+        return status
+
+    monkeypatch.setattr(directories.os, "fstat", fstat_then_grow)
+    assert load(server, root / "sql").status_code == 201
+    assert (server.store.path(server.digest("sql")) / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("swapped", ["sql", "."])
+def test_a_link_put_there_after_the_check_is_not_followed(
+    server: Server, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
+) -> None:
+    real = tmp_path / "real"
+
+    def swap_then_copy(directory: Path, *args: Any, **options: Any) -> None:
+        (root / swapped).resolve().rename(real)
+        (root if swapped == "." else root / swapped).symlink_to(real)
+        copy_directory(directory, *args, **options)
+
+    monkeypatch.setattr(sources, "copy_directory", swap_then_copy)
+    error_of(load(server, root / "sql"), 400, "invalid_request")
+    server.assert_nothing_left()
+
+
+SCHEMES = ("file", "http", "https", "s3", "gs", "ftp", "ssh", "git+https", "data", "HF", "Hf", "hF", "hf+http", "HTTP")
+NO_SOURCES = [
+    *(f"{scheme}://org/sql" for scheme in SCHEMES),
+    "https://user:secret@host/x", "hf:///sql", "hf:////org/sql", "hf:org/sql", "hf:/org/sql", "hf://org:80/sql",
+    "hf://user@org/sql", "hf://user:secret@org/sql", "hf://org/../sql", "hf://../org", "hf://org//sql",
+    "hf://org/%2e%2e", "hf://org%2fsql", "hf://org/sql%00", "hf://org/sql?x=1", "hf://org/sql#x", "hf://org/sql@",
+    "hf://org/sql@../main", "hf://org/sql@a/../../b", "hf://org/sql@%2e%2e", "hf://org/sql@a b", "hf://org/sql\n",
+    " hf://org/sql", "hf://org/sql ", "hf://оrg/sql", "hf://org/ѕql", "hf://org／sql", "ｈｆ://org/sql",
+    "hf:／/org/sql", "hf://org/sql\u202e", "file:/etc", "file:etc", "data:text/plain,x", "//host/share",
+    "\\\\host\\share", "~/x", "~root", "./sql", "../sql", "sql", "C:\\x", "-", "$HOME", "{root}/sql\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", NO_SOURCES)
+@pytest.mark.parametrize("route", ["/v1/adapters", "/v1/load_lora_adapter"])
+def test_nothing_else_is_a_source(
+    make_server: Callable[..., Server], root: Path, hub: FakeHub, adapter_dirs: dict[str, Path], source: str, route: str
+) -> None:
+    """Not even where everything on the Hub is allowed."""
+    server = make_server(allow_source=(root,), allow_hub=(HubPattern.parse("hf://*"),))
+    hub.add("org/sql", adapter_dirs["one"])
+    names = ("name", "source") if route == "/v1/adapters" else ("lora_name", "lora_path")
+    response = server.client.post(route, json=dict(zip(names, ("sql", source.format(root=root)), strict=True)))
+    assert response.status_code in (400, 403, 404), response.text
+    assert hub.requests == []
+    server.assert_nothing_left()
+
+
 @pytest.mark.parametrize("source", ["s3://bucket/key", "https://example.com/x"])
 def test_other_remote_sources_are_not_supported(server: Server, source: str) -> None:
     error = error_of(load(server, source), 400, "invalid_request")
     assert error["param"] == "source"
     assert "not supported: give hf://org/repo" in error["message"]
+
+
+def test_code_that_comes_along_is_neither_taken_nor_run(
+    server: Server, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT and transformers would import what `auto_mapping` and `auto_map` name, were they let."""
+    witness = tmp_path / "witness"
+    (root / "sql" / "evil.py").write_text(f"open({str(witness)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(root / "sql")
+    config = json.loads((root / "sql" / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "Evil", "parent_library": "evil"}
+    code = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}, "trust_remote_code": True}
+    (root / "sql" / "adapter_config.json").write_text(json.dumps({**config, **code}))
+    (root / "sql" / "tokenizer_config.json").write_text(json.dumps({**code, "tokenizer_class": "evil.Evil"}))
+    assert load(server, root / "sql").status_code == 201
+    server.registry.pin(server.digest("sql"))
+    body = {"model": "sql", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    server.client.post("/v1/chat/completions", json=body)
+    assert not witness.exists()
+    assert not (server.store.path(server.digest("sql")) / "evil.py").exists()
+
+
+@pytest.mark.parametrize("field", ["trust_remote_code", "token", "endpoint", "revision"])
+def test_no_field_of_a_request_says_how_a_source_is_read(server: Server, root: Path, field: str) -> None:
+    assert error_of(load(server, root / "sql", **{field: True}), 400, "invalid_request")["param"] == field
+    server.assert_nothing_left()
 
 
 class TestHub:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from service.engine.events import EventSink
+from service.engine.sequence import GenerationRequest
 from tests.api.asgi import WAIT_S, exchange
 from tests.api.conftest import Server
 from tests.fakes import Failure, fake_text
@@ -138,6 +141,23 @@ async def test_a_request_that_ended_is_not_cancelled(server: Server) -> None:
     assert not server.engine.cancelled.is_set()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_cancelled_as_soon_as_it_is_accepted_is_given_up(server: Server, stream: bool) -> None:
+    submit = server.engine.submit
+
+    def accept_and_cancel(requests: Sequence[GenerationRequest], sink: EventSink) -> None:
+        submit(requests, sink)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    server.engine.submit = accept_and_cancel  # type: ignore[method-assign]
+    server.engine.gate.clear()
+    async with exchange(server.app, "POST", "/v1/generate", body={"prompt": "hi", "stream": stream}) as own:
+        await own.end()
+    assert server.engine.cancelled.is_set()
+
+
 async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> None:
     """The engine may outlive the web server by a moment."""
     from service.api.generation import EventStream
@@ -151,7 +171,7 @@ async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> N
 
     async def submit() -> EventStream:
         request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-        return EventStream(server.engine, [request], Observation([request], server.metrics, stream=True))
+        return EventStream(server.engine, [request], Observation("id", [request], server.metrics, stream=True))
 
     stream = await asyncio.to_thread(loop.run_until_complete, submit())
     loop.close()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anyio.lowlevel
 import httpx
 import pytest
 
@@ -294,6 +295,8 @@ async def test_streams_count_while_they_run(make_server: Callable[..., Server]) 
         async with exchange(server.app, "GET", "/v1/models", headers=headers) as refused:
             assert await refused.status() == 429
             await refused.text()
+        while server.engine.gate.is_set():
+            await anyio.lowlevel.checkpoint()  # until the engine holds
         server.engine.gate.set()
         while "[DONE]" not in await running.text():
             pass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from service.api.chat_files import chat_template_of
 from tests.api.asgi import exchange
@@ -94,7 +96,30 @@ def test_the_query_is_checked(server: Server, query: str) -> None:
     server.assert_nothing_left()
 
 
-@pytest.mark.parametrize("name", ["", "-x", "a/b", "..", "x" * 129, "base", "tiny-llama", "ü", "a\nb"])
+NO_NAMES = [
+    "", " ", ".", "..", "...", ".hidden", "-x", "_x", "a/b", "a\\b", "../a", "a\0", "a\n", "a\nb", "a b", " a", "a ",
+    "a:1", "a@b", "a+b", "a%2fb", "x" * 129, "x" * 1024, "base", "tiny-llama", "org/tiny-llama",
+    "ü", "a\u0301", "аdmin", "ａ", "１", "a\u200b", "\ufeffa", "a\u202eb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-d", "a..b", "a.", "x" * 128, "Base", "con", "sha256", "lock"])
+def test_a_name_is_taken_as_it_is(server: Server, name: str) -> None:
+    response = server.upload(name)
+    assert (response.status_code, response.json()["name"]) == (201, name)
+    assert server.client.get(f"/v1/adapters/{name}").json()["name"] == name
+    stored = [path.name for path in (server.data_dir / "blobs" / "sha256").iterdir()]
+    assert stored == [server.digest(name).removeprefix("sha256:")], "no path is made of a name"
+
+
+def test_names_differ_by_case(server: Server) -> None:
+    for name in ("sql", "SQL"):
+        assert server.upload(name).status_code == 201
+    server.client.delete("/v1/adapters/SQL")
+    assert server.client.get("/v1/adapters/sql").status_code == 200
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 @pytest.mark.anyio
 async def test_a_wrong_name_is_refused_before_the_weights_are_read(server: Server, name: str) -> None:
     async with exchange(server.app, "POST", "/v1/adapters", headers=FORM) as client:
@@ -246,6 +271,67 @@ async def test_a_body_that_becomes_too_large_is_not_read_on(make_server: Callabl
         assert await client.status() == 413
         assert await client.error_code() == "payload_too_large"
         assert client.reads == 2
+    server.assert_nothing_left()
+
+
+HEADER = b'--XX\r\nContent-Disposition: form-data; name="weights"; filename="f"\r\n'
+ENDLESS = {
+    "preamble": (b"", b"\r\n" + b"x" * 998),
+    "preamble of line ends": (b"", b"\r\n" * 500),
+    "epilogue": (part("name", b"sql") + b"--XX--\r\n", b"x" * 1000),
+    "header's name": (b"--XX\r\n", b"x" * 1000),
+    "header's value": (b"--XX\r\nX-Long: ", b"x" * 1000),
+    "headers": (HEADER, b"X-More: x\r\n" * 100),
+    "headers without end of their lines": (HEADER, b"X-More: x\r" * 100),
+    "empty headers": (HEADER, b"X:\r\n" * 200),
+    "text": (b'--XX\r\nContent-Disposition: form-data; name="name"\r\n\r\n', b"x" * 1000),
+    "unknown parts": (b"", b"".join(part(f"x{n}") for n in range(20))),
+    "same parts": (b"", part("activate", b"true") * 20),
+    "nameless parts": (b"", b"--XX\r\n\r\nx\r\n" * 80),
+    "spaces": (b"--XX\r\nX:", b" " * 1000),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+@pytest.mark.anyio
+async def test_what_has_no_end_is_not_read_for_long(server: Server, what: str) -> None:
+    """However much an upload may take: none of this is the content of a file."""
+    begin, more = ENDLESS[what]
+    async with exchange(server.app, "POST", "/v1/adapters", headers=FORM) as client:
+        client.send_body(begin, more=True)
+        for _ in range(50):
+            client.send_body(more, more=True)
+        assert await client.status() == 400
+        assert await client.error_code() == "invalid_request"
+        assert client.reads < 20
+    server.assert_nothing_left()
+
+
+@pytest.mark.anyio
+async def test_empty_pieces_end_with_the_deadline(make_server: Callable[..., Server]) -> None:
+    """Each is a message to the server, and none brings the end nearer."""
+    server = make_server(upload_timeout_s=0.05)
+    async with exchange(server.app, "POST", "/v1/adapters", headers=FORM) as client:
+
+        async def receive() -> Message:
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"", "more_body": True}
+
+        client.receive = receive
+        assert await client.status() == 408
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("length", ["999999999999999999999999", "-1", "1e9", "0x10", "²", " 5", ""])
+@pytest.mark.anyio
+async def test_a_length_that_is_none_is_no_way_around_the_limit(
+    make_server: Callable[..., Server], length: str
+) -> None:
+    server = make_server(max_upload_bytes=1000)
+    headers = {**FORM, "content-length": length}
+    async with exchange(server.app, "POST", "/v1/adapters", headers=headers) as client:
+        client.send_body(part("weights", b"x" * 2000), more=True)
+        assert await client.status() == 413
     server.assert_nothing_left()
 
 

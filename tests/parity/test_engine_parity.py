@@ -129,7 +129,7 @@ def ask(engine: BatchEngine, requests: Sequence[GenerationRequest]) -> dict[str,
     """Submits all at once and waits for every end."""
     events: queue.Queue[Event] = queue.Queue()
     for request in requests:
-        engine.submit(request, events.put)
+        engine.submit([request], events.put)
     answers = {request.request_id: Answer() for request in requests}
     while any(answer.end is None for answer in answers.values()):
         event = events.get(timeout=60)
@@ -280,13 +280,13 @@ def test_a_lone_request_does_not_wait_for_a_flood(long: Bench) -> None:
         started: queue.Queue[Event] = queue.Queue()
         for i in range(500):
             prompt = tuple(random.Random(i).choices(range(256), k=30))
-            engine.submit(GenerationRequest(f"{i}", prompt, params, long.selection({"a": 1.0})), started.put)
+            engine.submit([GenerationRequest(f"{i}", prompt, params, long.selection({"a": 1.0}))], started.put)
         for _ in range(20):  # the flood runs
             assert isinstance(started.get(timeout=60), TokenEvent)
         assert engine.stats().waiting > 400
         lone = GenerationRequest("lone", tuple(b"hello"), params, long.selection({}))
         first: queue.Queue[tuple[Event, int]] = queue.Queue()
-        engine.submit(lone, lambda event: first.put((event, clock.forwards)))
+        engine.submit([lone], lambda event: first.put((event, clock.forwards)))
         event, forwards = first.get(timeout=60)
         assert isinstance(event, TokenEvent)
         assert forwards - clock.admitted_at("lone") <= 2

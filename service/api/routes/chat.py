@@ -11,6 +11,7 @@ from service.api.chat import render_chat, template_of
 from service.api.chat_writer import ChatWriter
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
+from service.api.field_names import FieldNames
 from service.api.openai import envelope, generations, select
 from service.api.receipt import ReceiptWriter
 from service.api.respond import respond
@@ -21,6 +22,8 @@ from service.api.tools import ToolUse, tool_use
 from service.engine.guide import Grammar
 
 router = APIRouter(tags=["openai"])
+
+_FIELDS = FieldNames("messages", "max_tokens")
 
 
 @router.post(
@@ -34,7 +37,7 @@ async def chat_completions(
 ) -> object:
     """Answers a conversation, with the selection that `model` names."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
-    return await respond(request, response, state, [writer.request], writer, stream=bool(body.stream))
+    return await respond(request, response, state, [writer.request], writer, stream=bool(body.stream), fields=_FIELDS)
 
 
 def _prepare(state: ServerState, tenant: str, body: ChatRequest) -> ChatWriter:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.completion_writer import CompletionWriter
 from service.api.deps import ServerState, State, Tenant
+from service.api.field_names import FieldNames
 from service.api.generation import encode_prompt
 from service.api.openai import envelope, generations, select
 from service.api.receipt import ReceiptWriter
@@ -20,6 +21,7 @@ from service.api.structure import grammar_of
 router = APIRouter(tags=["openai"])
 
 _DEFAULT_MAX_TOKENS = 16
+_FIELDS = FieldNames("prompt", "max_tokens")
 
 
 @router.post(
@@ -33,7 +35,16 @@ async def completions(
 ) -> object:
     """Continues prompts, with the selection that `model` names."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
-    return await respond(request, response, state, writer.requests, writer, stream=bool(body.stream))
+    return await respond(
+        request,
+        response,
+        state,
+        writer.requests,
+        writer,
+        stream=bool(body.stream),
+        answer_id=writer.answer.id,
+        fields=_FIELDS,
+    )
 
 
 def _prepare(state: ServerState, tenant: str, body: CompletionRequest) -> CompletionWriter:

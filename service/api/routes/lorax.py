@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
+from service.api.field_names import FieldNames
 from service.api.generation import encode_prompt, new_generation_id
 from service.api.lorax import LoraxWriter
 from service.api.respond import respond
@@ -21,6 +22,7 @@ from service.engine.sequence import GenerationRequest
 
 router = APIRouter(tags=["lorax"])
 
+_FIELDS = FieldNames("inputs", "parameters.max_new_tokens")
 _RESPONSES = streaming_responses("The text; in a stream, an event for each token")
 
 
@@ -30,7 +32,7 @@ async def lorax_generate(
 ) -> object:
     """Generates as LoRAX does. `adapter_id` and the ids of `merged_adapters` are names of registered adapters."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body, body.stream))
-    return await respond(request, response, state, [writer.request], writer, stream=body.stream)
+    return await respond(request, response, state, [writer.request], writer, stream=body.stream, fields=_FIELDS)
 
 
 @router.post("/generate_stream", response_class=Response, responses=_RESPONSES)
@@ -39,7 +41,7 @@ async def lorax_generate_stream(
 ) -> object:
     """The same as server-sent events, one for each token."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body, True))
-    return await respond(request, response, state, [writer.request], writer, stream=True)
+    return await respond(request, response, state, [writer.request], writer, stream=True, fields=_FIELDS)
 
 
 def _prepare(state: ServerState, tenant: str, body: LoraxRequest, stream: bool) -> LoraxWriter:

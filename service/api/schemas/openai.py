@@ -47,7 +47,7 @@ class JsonSchemaFormat(RequestModel):
     name: Text
     description: Text | None = None
     strict: bool | None = Field(None, description="Of no effect: a schema always holds")
-    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    json_schema: dict[str, Any] | None = Field(None, alias="schema", description="Without it, any JSON object")
 
 
 class TextFormat(RequestModel):

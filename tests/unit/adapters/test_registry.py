@@ -380,8 +380,8 @@ class TestDeletion:
 
 class TestFailure:
     @staticmethod
-    def flip_a_bit(store: AdapterStore, digest: str) -> None:
-        path = store.path(digest) / WEIGHTS_FILE
+    def flip_a_bit(store: AdapterStore, digest: str, file: str = WEIGHTS_FILE) -> None:
+        path = store.path(digest) / file
         content = bytearray(path.read_bytes())
         content[-3] ^= 4
         path.write_bytes(content)
@@ -402,6 +402,33 @@ class TestFailure:
         assert register(again, written["a"], replace=True).digest == digest
         assert again.pin(digest).digest == digest
         assert state(again, digest) is AdapterState.READY
+
+    @pytest.mark.parametrize("file", [WEIGHTS_FILE, "adapter_config.json"])
+    def test_a_flipped_bit_is_found_at_start_and_the_others_are_served(
+        self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path], file: str
+    ):
+        known = digests(make_registry(store, model, 10 * FACTOR_BYTES), written)
+        self.flip_a_bit(store, known["b"], file)
+        again = make_registry(store, model, 10 * FACTOR_BYTES)
+        assert again.check_stored() == 1
+        for name, digest in known.items():
+            assert state(again, digest) is (AdapterState.FAILED if name == "b" else AdapterState.STORED)
+            if name != "b":
+                assert again.pin(digest).digest == digest
+        assert "changed since the upload" in (again.status(known["b"]).reason or "")
+        with pytest.raises(AdapterUnavailable, match="upload it again"):
+            again.pin(known["b"])
+
+    def test_a_bit_that_flips_after_the_start_is_found_when_it_is_loaded(
+        self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path]
+    ):
+        digest = register(make_registry(store, model, FACTOR_BYTES), written["a"]).digest
+        again = make_registry(store, model, FACTOR_BYTES)
+        assert again.check_stored() == 0
+        self.flip_a_bit(store, digest)
+        with pytest.raises(AdapterUnavailable, match="upload it again"):
+            again.pin(digest)
+        assert state(again, digest) is AdapterState.FAILED
 
     def test_another_base_after_a_restart(
         self, store: AdapterStore, model: AdaptedModel, written: dict[str, Path], tmp_path: Path
@@ -576,3 +603,42 @@ class TestThreads:
                 outcome.result(WAIT_S)
         assert all(registry.status(digest).pins == 0 for digest in known.values())
         assert registry.resident_bytes()[1] <= 2 * FACTOR_BYTES
+
+
+def test_who_holds_an_adapter_never_waits_for_the_disk(
+    registry: AdapterRegistry, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another adapter is published, whose commit a slow disk holds up, and deletions wait behind it."""
+    digest, deleted = register(registry, written["a"]).digest, register(registry, written["b"]).digest
+    registry.pin(digest)
+    registry.unpin(digest)
+    asked, disk = threading.Event(), threading.Event()
+    in_use = registry.store.digest_in_use
+
+    def slow(digest: str) -> bool:
+        asked.set()
+        assert disk.wait(WAIT_S)
+        return in_use(digest)
+
+    monkeypatch.setattr(registry.store, "digest_in_use", slow)
+    with ThreadPoolExecutor(2) as pool:
+        forgetting = pool.submit(delete, registry, "b")
+        assert asked.wait(WAIT_S)
+        pinned = pool.submit(registry.pin_loaded, digest)
+        try:
+            assert pinned.result(WAIT_S) is not None
+            pool.submit(registry.unpin, digest).result(WAIT_S)
+        finally:
+            disk.set()
+        forgetting.result(WAIT_S)
+    assert registry.status(deleted).resident_bytes == 0
+
+
+def test_a_version_deleted_before_it_is_pinned_leaves_nothing_behind(
+    registry: AdapterRegistry, written: dict[str, Path]
+) -> None:
+    digest = register(registry, written["a"]).digest
+    delete(registry, "a")
+    with pytest.raises(AdapterNotFound):
+        registry.pin(digest)
+    assert digest not in registry._live

@@ -17,30 +17,9 @@ import pytest
 
 import adapters
 from adapters.errors import StorageFull, StoreCorrupt, StoreError
-from adapters.store import AdapterRecord, AdapterStore, digest_of, schema
+from adapters.store import AdapterStore, schema
 from adapters.store.reserve import Reserve
-
-SHARED = ""
-
-
-def publish(store: AdapterStore, name: str, weights: bytes, info: str = "") -> AdapterRecord:
-    with store.staging() as staged:
-        (staged / "adapter_config.json").write_text("{}")
-        (staged / "adapter_model.safetensors").write_bytes(weights)
-        return store.publish(SHARED, name, staged, {"info": info}, replace=True)
-
-
-def blobs(data_dir: Path) -> set[str]:
-    return {f"sha256:{path.name}" for path in (data_dir / "blobs" / "sha256").iterdir()}
-
-
-def assert_consistent(store: AdapterStore, data_dir: Path) -> None:
-    """Whatever is listed is whole, and nothing else is kept."""
-    listed = {version.digest for _, _, version in store.all_versions()}
-    assert blobs(data_dir) == listed
-    for digest in listed:
-        assert digest_of(store.path(digest)) == digest
-    assert list((data_dir / "tmp").iterdir()) == []
+from tests.unit.adapters.store_support import SHARED, assert_consistent, blobs, publish
 
 
 @pytest.fixture
@@ -139,11 +118,11 @@ class TestFullDisk:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StorageFull):
-            publish(store, "sql", b"2", info="x" * 100_000)
+            publish(store, "sql", b"2", info={"text": "x" * 100_000})
         assert store.get(SHARED, "sql") == before
         assert_consistent(store, data_dir)
         connection.execute("PRAGMA max_page_count = 1000000")
-        assert publish(store, "sql", b"2", info="x" * 100_000).digest != before.digest
+        assert publish(store, "sql", b"2", info={"text": "x" * 100_000}).digest != before.digest
 
     def test_commit(self, store: AdapterStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before = publish(store, "sql", b"1")
@@ -297,7 +276,7 @@ class TestOpening:
 
     def test_a_damaged_page(self, store: AdapterStore, data_dir: Path) -> None:
         for n in range(20):
-            publish(store, f"sql-{n}", b"1", info="x" * 4000)
+            publish(store, f"sql-{n}", b"1", info={"text": "x" * 4000})
         store.close()
         path = data_dir / "store.sqlite3"
         image = bytearray(path.read_bytes())

@@ -24,11 +24,14 @@ from typing import Any
 import adapters
 from adapters.errors import AdapterNotFound
 from adapters.store import AdapterStore, digest_of
+from adapters.store.inventory import Problem
+from adapters.store.repair import repair
 
 SHARED = ""
 KEEP = 2
-KILLS = 15
+KILLS = 100
 ACKNOWLEDGEMENT = b"done\n"
+DEBRIS = {Problem.LEFTOVER, Problem.UNREFERENCED}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ STEPS = {
     "publish": Operation("publish", "a", 2),
     "delete": Operation("delete", "a"),
     "rollback": Operation("rollback", "a"),
+    "activate": Operation("activate", "b"),
+    "deactivate": Operation("deactivate", "a"),
 }
 
 
@@ -164,6 +169,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     data_dir, contents = tmp_path / "data", contents_by_digest(tmp_path)
     rng = random.Random(15)
     model = Model()
+    acknowledged: set[str] = set()
     for seed in range(KILLS):
         done = acknowledged_before_kill(
             start("churn", data_dir, seed), at_least=rng.randrange(1, 25), then_spin=rng.randrange(200_000)
@@ -171,11 +177,15 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         stream = operations(seed)
         for operation in itertools.islice(stream, done):
             model = model.after(operation)
+            acknowledged.add(operation.kind)
+        if seed % 4 == 0:  # what `doctor` calls debris is debris
+            assert {finding.problem for finding in repair(data_dir).found} <= DEBRIS
         with closing(AdapterStore(data_dir, keep_versions=KEEP)) as store:
             seen = observed(store, contents)
             assert_whole(store, data_dir)
         assert seen in (model, model.after(next(stream))), f"after {done} operations of seed {seed}"
         model = seen
+    assert acknowledged == {"publish", "delete", "rollback", "activate", "deactivate"}
 
 
 def test_publish_killed_at_every_step(tmp_path: Path) -> None:
@@ -188,6 +198,14 @@ def test_delete_killed_at_every_step(tmp_path: Path) -> None:
 
 def test_rollback_killed_at_every_step(tmp_path: Path) -> None:
     kill_at_every_step(tmp_path, "rollback")
+
+
+def test_activation_killed_at_every_step(tmp_path: Path) -> None:
+    kill_at_every_step(tmp_path, "activate")
+
+
+def test_deactivation_killed_at_every_step(tmp_path: Path) -> None:
+    kill_at_every_step(tmp_path, "deactivate")
 
 
 def kill_at_every_step(tmp_path: Path, kind: str) -> None:

@@ -65,7 +65,7 @@ def field_rows() -> set[str]:
 
 def test_every_field_of_the_access_log_is_documented() -> None:
     request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-    generating = set(Observation([request], FakeMetrics(), stream=False).fields())
+    generating = set(Observation("id", [request], FakeMetrics(), stream=False).fields())
     always = set(re.findall(r'"(\w+)": ', inspect.getsource(RequestContext._record)))
     assert {"request_id", "method", "duration_s"} <= always
     assert field_rows() == generating | always

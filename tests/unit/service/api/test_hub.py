@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants, get_session, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
 from service.api.errors import ApiError
 from service.api.hub import fetch_from_hub
@@ -18,6 +22,7 @@ from tests.fake_hub import COMMIT, FakeHub, FakeRepo
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 200_000}
 OTHER_COMMIT = "f" * 40
+HUB = "https://hub.test"
 
 
 @pytest.fixture
@@ -104,6 +109,72 @@ def test_redirects_are_followed_without_the_token(
     assert contents(staged) == FILES
     assert hub.tokens[f"/org/sql/resolve/{COMMIT}/adapter_config.json"] == "Bearer alpha"
     assert hub.tokens["/elsewhere/org/sql/adapter_config.json"] is None
+
+
+class TestHttps:
+    """A Hub at https, played by a transport: `addresses` are what was asked for, with the token sent along."""
+
+    @pytest.fixture
+    def addresses(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None]]]:
+        asked: list[tuple[str, str | None]] = []
+        client, transport = type(get_session()), importlib.import_module(type(get_session()).__module__.split(".")[0])
+
+        def answer(request: Any) -> Any:
+            url = str(request.url)
+            asked.append((url, request.headers.get("authorization")))
+            if url in self.redirects:
+                return transport.Response(302, headers={"location": self.redirects[url]})
+            if "/api/models/" in url:
+                siblings = [{"rfilename": name, "size": len(content)} for name, content in FILES.items()]
+                return transport.Response(200, json={"id": "org/sql", "sha": COMMIT, "siblings": siblings})
+            return transport.Response(200, stream=transport.ByteStream(FILES[url.rpartition("/")[2]]))
+
+        monkeypatch.setenv("HF_TOKEN", "alpha")
+        monkeypatch.setattr(constants, "ENDPOINT", HUB)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", HUB + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        set_client_factory(lambda: client(transport=transport.MockTransport(answer), follow_redirects=True))
+        yield asked
+        set_client_factory(default_client_factory)
+
+    @pytest.fixture(autouse=True)
+    def redirects(self) -> None:
+        self.redirects: dict[str, str] = {}
+
+    LISTING = f"{HUB}/api/models/org/sql?blobs=true"
+    WEIGHTS = f"{HUB}/org/sql/resolve/{COMMIT}/adapter_model.safetensors"
+
+    def test_redirects_stay_with_https_and_leave_the_token(
+        self, addresses: list[tuple[str, str | None]], staged: Path
+    ) -> None:
+        there = ["https://cdn.test/1/adapter_model.safetensors", "https://cdn.test:444/2/adapter_model.safetensors"]
+        self.redirects = {self.WEIGHTS: there[0], there[0]: there[1]}
+        fetch(staged)
+        assert contents(staged) == FILES
+        tokens = dict(addresses)
+        assert tokens[self.WEIGHTS] == "Bearer alpha"
+        assert [tokens[url] for url in there] == [None, None]
+
+    @pytest.mark.parametrize(
+        "target",
+        ["http://hub.test/x", "http://cdn.test/x", "HTTP://hub.test/x", "http://169.254.169.254/latest/meta-data",
+         "ftp://cdn.test/x", "file:///etc/passwd"],
+    )  # fmt: skip
+    @pytest.mark.parametrize("hops", [0, 1])
+    @pytest.mark.parametrize("start", ["LISTING", "WEIGHTS"])
+    def test_a_redirect_to_anything_else_is_not_followed(
+        self, addresses: list[tuple[str, str | None]], staged: Path, target: str, hops: int, start: str
+    ) -> None:
+        begin = getattr(self, start)
+        self.redirects = {begin: "https://cdn.test/hop", "https://cdn.test/hop": target} if hops else {begin: target}
+        refused("adapter_unavailable", staged)
+        assert not (staged / "adapter_model.safetensors").exists()
+        assert all(url.startswith("https://") for url, _ in addresses)
+        assert all(token is None for url, token in addresses if not url.startswith(HUB))
+
+    def test_endless_redirects_end(self, addresses: list[tuple[str, str | None]], staged: Path) -> None:
+        self.redirects = {self.WEIGHTS: self.WEIGHTS}
+        refused("adapter_unavailable", staged)
 
 
 @pytest.mark.parametrize("name", ["org/none", "other/sql"])

@@ -24,7 +24,8 @@ def test_repositories(text: str, repo: HubRepo) -> None:
 @pytest.mark.parametrize(
     "text",
     ["hf://repo", "hf://org/", "hf://org/a/b", "hf://org/..", "hf://org/a..b", "hf://org/a--b", "hf://org/a.git",
-     "hf://org/a@", "hf://org/a@-x", "hf://org/a b", "hf://org/é", "hf://-org/a", "hf://org/" + "x" * 96, "org/a\n"],
+     "hf://org/a@", "hf://org/a@-x", "hf://org/a b", "hf://org/é", "hf://-org/a", "hf://org/" + "x" * 96, "org/a\n",
+     "hf://org/a@v/../../x"],
 )  # fmt: skip
 def test_no_repositories(text: str) -> None:
     with pytest.raises(ValueError, match="is no repository"):

@@ -93,7 +93,7 @@ class Bench:
         selection = Selection(tuple(SelectedAdapter(a, f"sha256:{a}") for a in adapters))
         params = SamplingParams(max_new_tokens=int(fields.pop("max_new_tokens", 3)), temperature=0.0)  # type: ignore[call-overload]
         events: queue.Queue[Event] = queue.Queue()
-        self.engine.submit(GenerationRequest(name, tuple(prompt), params, selection, **fields), events.put)  # type: ignore[arg-type]
+        self.engine.submit([GenerationRequest(name, tuple(prompt), params, selection, **fields)], events.put)  # type: ignore[arg-type]
         return events
 
 
@@ -135,7 +135,7 @@ def test_refuses_what_it_cannot_run(bench: Bench) -> None:
         bench.submit("unknown", prompt=[VOCABULARY])
     with pytest.raises(InvalidRequest, match="outside the vocabulary"):
         bench.submit("negative", prompt=[-1])
-    with pytest.raises(ContextLengthExceeded, match="18 tokens"):
+    with pytest.raises(ContextLengthExceeded, match="the 18 of the prompt"):
         bench.submit("long", prompt=[1] * 18, max_new_tokens=3)
     assert finish(bench.submit("just fits", prompt=[1] * 17, max_new_tokens=3))[0] == [2, 3, 4]
 
@@ -153,6 +153,38 @@ def test_a_full_queue_is_refused_at_once_and_recovers(bench: Bench) -> None:
     for events in [first, *waiting]:
         assert isinstance(finish(events)[1], FinishedEvent)
     assert finish(bench.submit("after"))[0] == [2, 3, 4]
+
+
+def test_several_requests_are_accepted_together_or_not_at_all(bench: Bench) -> None:
+    params, events = SamplingParams(max_new_tokens=3, temperature=0.0), queue.Queue[Event]()
+    five = [GenerationRequest(f"{i}", (1,), params, Selection()) for i in range(5)]
+    bench.runner.gate.clear()
+    running = bench.submit("running")
+    assert bench.runner.entered.wait(10)
+    waiting = bench.submit("waiting", n=4)
+    with pytest.raises(Overloaded):
+        bench.engine.submit(five, events.put)
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        bench.engine.submit([*five[:2], GenerationRequest("empty", (), params, Selection())], events.put)
+    assert bench.engine.stats().waiting == 4
+    bench.engine.submit(five[:4], events.put)
+    assert bench.engine.stats().waiting == 8
+    bench.runner.gate.set()
+    ended: set[str] = set()
+    while len(ended) < 4:
+        if isinstance(event := events.get(timeout=10), FinishedEvent):
+            ended.add(event.request_id)
+    assert ended == {"0", "1", "2", "3"}
+    assert all(isinstance(finish(each)[1], FinishedEvent) for each in (running, waiting))
+
+
+def test_more_choices_than_the_queue_ever_takes_are_the_requests_fault(bench: Bench) -> None:
+    params = SamplingParams(max_new_tokens=3)
+    three = [GenerationRequest(f"{i}", (1,), params, Selection(), n=3) for i in range(3)]
+    with pytest.raises(InvalidRequest, match=r"9 choices.* takes 8 \(--max-queue\)") as refused:
+        bench.engine.submit(three, lambda event: None)
+    assert refused.value.param == "n"
+    assert bench.engine.stats().waiting == 0
 
 
 def test_two_requests_with_one_id_are_refused(bench: Bench) -> None:
@@ -351,7 +383,21 @@ def test_what_keys_and_values_take_is_told_while_they_are_there(bench: Bench) ->
             ended.set()
 
     params = SamplingParams(max_new_tokens=3, temperature=0.0)
-    bench.engine.submit(GenerationRequest("r", (1, 2, 3), params, Selection()), sink)
+    bench.engine.submit([GenerationRequest("r", (1, 2, 3), params, Selection())], sink)
     assert ended.wait(10)
     assert taken == [3, 4, 5, 5]
     assert bench.engine.stats().kv_budget_bytes == 1000
+
+
+def test_a_text_that_cannot_be_decoded_when_its_request_is_cancelled_harms_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.runner.gate.clear()
+    events, other = bench.submit("unlucky"), bench.submit("well", prompt=(5,))
+    assert bench.runner.entered.wait(10)
+    monkeypatch.setattr(Letters, "decode", lambda self, ids: "" if 2 not in ids and 1 not in ids else 1 / 0)
+    bench.engine.cancel("unlucky")
+    bench.runner.gate.set()
+    assert isinstance(finish(events)[1], FailedEvent)
+    assert finish(other)[0] == [6, 7, 8]
+    assert bench.engine.state is EngineState.READY

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 
 from adapters.errors import InvalidSelection
@@ -211,16 +213,35 @@ def test_cancelling_frees_the_row_within_one_step() -> None:
     assert last.finish_reason is FinishReason.CANCELLED
 
 
-def test_a_sink_that_raises_harms_nobody() -> None:
+@pytest.mark.parametrize("params", [{"max_new_tokens": 3}, {"max_new_tokens": 0, "prompt_logprobs": 0}])
+def test_a_sink_that_raises_ends_its_own_request(params: dict[str, Any]) -> None:
     bench = Bench()
+    ends: list[Event] = []
+
+    def broken(event: Event) -> None:
+        if not isinstance(event, FailedEvent):
+            raise RuntimeError("no room for one more event")
+        ends.append(event)
+
+    request = GenerationRequest("broken", (1,), SamplingParams(temperature=0.0, **params), Selection())
+    bench.worker.admit(make_job(request, broken, Letters(), lambda job: None))
+    bench.admit("well", 1)
+    bench.run()
+    assert len(ends) == 1, "an answer with a hole must not look whole"
+    assert bench.tokens("well") == [2, 3, 4]
+
+
+def test_a_sink_that_cannot_take_even_the_end_harms_nobody() -> None:
+    bench, ended = Bench(), list[Job]()
 
     def broken(event: Event) -> None:
         raise RuntimeError("the client is gone")
 
     request = GenerationRequest("broken", (1,), SamplingParams(max_new_tokens=3, temperature=0.0), Selection())
-    bench.worker.admit(make_job(request, broken, Letters(), lambda job: None))
+    bench.worker.admit(make_job(request, broken, Letters(), ended.append))
     bench.admit("well", 1)
     bench.run()
+    assert len(ended) == 1
     assert bench.tokens("well") == [2, 3, 4]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from adapters.factors import AdapterFactors
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent, Usage
@@ -375,3 +377,45 @@ def test_a_lone_request_gets_its_first_token_in_the_next_step_of_a_flood() -> No
     bench.worker.step()
     assert bench.tokens("lone") == [9]
     assert len(bench.runner.forwards) - before <= 2
+
+
+def test_rows_that_cannot_be_moved_fail_and_later_ones_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.admit("first", [1], max_new_tokens=1)
+    bench.admit("second", [5])
+    keep = bench.runner.keep
+
+    def failing(rows: Sequence[int]) -> None:
+        if rows:
+            raise torch.OutOfMemoryError("no memory to move rows in")
+        keep(rows)
+
+    monkeypatch.setattr(bench.runner, "keep", failing)
+    bench.run()
+    assert bench.tokens("first") == [2]
+    assert isinstance(bench.end("second"), FailedEvent)
+    monkeypatch.undo()
+    bench.admit("later", [9])
+    bench.run()
+    assert bench.tokens("later") == [10, 11, 12]
+
+
+def test_before_a_forward_is_tried_again_what_the_failed_one_held_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    extend = bench.runner.extend
+    held: list[weakref.ref[Tensor]] = []
+
+    def greedy(rows: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+        assert all(activations() is None for activations in held), "the failed forward's memory is still taken"
+        if len(rows) > 1:
+            activations = torch.zeros(4)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("too many rows")
+        return extend(rows, *arguments, **options)
+
+    monkeypatch.setattr(bench.runner, "extend", greedy)
+    for i in range(4):
+        bench.admit(f"{i}", [10 * i])
+    bench.run()
+    assert held
+    assert [bench.tokens(f"{i}") for i in range(4)] == [[10 * i + 1, 10 * i + 2, 10 * i + 3] for i in range(4)]

@@ -1,0 +1,27 @@
+"""What a route's clients call the fields that the engine's refusals are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.api.errors import ApiError
+from service.engine.errors import ContextLengthExceeded, EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class FieldNames:
+    """The engine's own, unless said otherwise."""
+
+    prompt: str = "prompt"
+    max_new_tokens: str = "max_new_tokens"
+
+    def in_clients_words(self, error: EngineError) -> EngineError | ApiError:
+        """The refusal, naming the client's fields."""
+        if isinstance(error, ContextLengthExceeded):
+            return ApiError(error.code, error.describe(self.prompt, self.max_new_tokens), param=self.prompt)
+        if error.param == "prompt":
+            return ApiError(error.code, error.message, param=self.prompt)
+        return error
+
+
+NATIVE = FieldNames()
