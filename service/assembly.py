@@ -207,4 +207,5 @@ def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:
         modules=base.modules,
         created=base.created,
         kv_backend=kv_backend,
+        eos_token_ids=base.eos_token_ids,
     )

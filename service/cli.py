@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from adapters.errors import AdapterError
 from service import __version__
-from service.commands import CommandError
+from service.commands import CommandError, UsageError
 from service.engine.errors import EngineError
 from service.logs import printable
 from service.settings import (
@@ -33,10 +33,6 @@ DEMO_SETTINGS = ("host", "port", "device", "data_dir", "log_format", "log_level"
 MOST_PARALLEL = 64
 
 _REPORT_A_BUG = f"this is a bug in vblora-serve; set {DEBUG_VARIABLE}=1 for the traceback, and report it"
-
-
-class UsageError(Exception):
-    """The command line cannot be understood."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
     _add_blend(commands.add_parser("blend", help="make one adapter of a weighted sum of several"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
+    _add_replay(commands.add_parser("replay", help="recompute an answer from its receipt, with PEFT"))
     _add_key(commands.add_parser("key", help="make an API key"))
     _add_doctor(commands.add_parser("doctor", help="check the directory that adapters are kept in, and repair it"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
@@ -170,6 +167,29 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="PATH", help="a file whose first line is the API key")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_push)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Recompute an answer from its receipt with transformers and PEFT, and name the first token that differs. "
+        "Exit code 0 if it is equal, 1 if anything differs."
+    )
+    parser.add_argument("receipt", type=Path, metavar="RECEIPT", help="a JSON file: the receipt, or the whole answer")
+    parser.add_argument("--model", required=True, help="the base model: a directory, or a Hub id")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="an adapter of the receipt (repeatable)"
+    )
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="the prompt, as text or as a JSON list of token ids, where the receipt has only its hash",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="{auto,cpu,cuda}", help="what to compute on (default: auto)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_replay)
 
 
 def _add_blend(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +304,26 @@ def _push(args: argparse.Namespace) -> int:
         as_json=args.json,
     )
     return push.run(options)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    adapters = []
+    for given in args.adapter:
+        name, _, directory = given.partition("=")
+        if not (name and directory):
+            raise UsageError(f"--adapter is {given!r}; expected NAME=DIRECTORY")
+        adapters.append((name, Path(directory)))
+    from service.commands import replay
+
+    options = replay.ReplayOptions(
+        receipt=args.receipt,
+        model=args.model,
+        adapters=tuple(adapters),
+        prompt_file=args.prompt_file,
+        device=args.device,
+        as_json=args.json,
+    )
+    return replay.run(options)
 
 
 def _blend(args: argparse.Namespace) -> int:

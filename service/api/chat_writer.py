@@ -10,6 +10,7 @@ from service.api.choices import LOWEST_LOGPROB
 from service.api.deps import Tokenizer
 from service.api.generation import ChoiceText, EventStream, gather
 from service.api.openai import Envelope, usage_of
+from service.api.receipt import ReceiptWriter
 from service.api.schemas.chat import (
     ChatChoice,
     ChatChunk,
@@ -39,6 +40,7 @@ class ChatWriter:
     request: GenerationRequest
     tokenizer: Tokenizer
     reader: Callable[[], OutputReader]
+    receipt: ReceiptWriter
     include_usage: bool
     _readers: dict[int, OutputReader] = field(default_factory=dict)  # by choice: of those that a stream has begun
 
@@ -46,20 +48,23 @@ class ChatWriter:
         (answer,) = await gather(events, [self.request])
         choices = [self._choice(choice) for choice in answer.choices]
         usage = usage_of([answer.finished.usage])
-        return ChatResponse(**self.answer.fields(), object="chat.completion", choices=choices, usage=usage)
+        response = ChatResponse(**self.answer.fields(), object="chat.completion", choices=choices, usage=usage)
+        return self.receipt.whole(response, answer)
 
     async def frames(self, events: EventStream) -> AsyncGenerator[str, None]:
-        usage: Usage | None = None
+        finished: FinishedEvent | None = None
         async with events:
             async for event in events:
                 if isinstance(event, FinishedEvent):
-                    usage = event.usage
+                    finished = event
                     continue
                 assert isinstance(event, TokenEvent), "no chat asks for its prompt's log-probabilities"
+                self.receipt.saw(event)
                 for choice in self._parts(event):
-                    yield self._frame([choice])
-        if self.include_usage:
-            yield self._frame([], usage)
+                    yield _frame(self._event([choice]))
+        assert finished is not None, "a stream ends with its terminal event"
+        if self.include_usage or self.receipt.wanted:
+            yield _frame(self.receipt.last(self._event([], finished.usage), finished))
         yield DONE
 
     def _choice(self, choice: ChoiceText) -> ChatChoice:
@@ -100,12 +105,11 @@ class ChatWriter:
     ) -> ChatChunkChoice:
         return ChatChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
-    def _frame(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> str:
+    def _event(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
         fields = {**self.answer.fields(), "object": "chat.completion.chunk", "choices": choices}
         if self.include_usage:
             fields["usage"] = None if usage is None else usage_of([usage])
-        chunk = ChatChunk(**fields)
-        return data_frame(chunk.model_dump_json(exclude_unset=True))
+        return ChatChunk(**fields)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if self.request.params.logprobs is None:
@@ -120,6 +124,10 @@ class ChatWriter:
         text = self.tokenizer.token_text(token_id)
         own = None if REPLACEMENT in text else list(text.encode())
         return LikelyTokenView(token=text, logprob=max(logprob, LOWEST_LOGPROB), bytes=own)
+
+
+def _frame(chunk: ChatChunk) -> str:
+    return data_frame(chunk.model_dump_json(exclude_unset=True))
 
 
 def _reason(reason: FinishReason | None, *, called: bool) -> str | None:

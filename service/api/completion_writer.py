@@ -9,6 +9,7 @@ from service.api.choices import LOWEST_LOGPROB
 from service.api.deps import Tokenizer
 from service.api.generation import EventStream, gather
 from service.api.openai import Envelope, usage_of
+from service.api.receipt import ReceiptWriter
 from service.api.schemas.completions import CompletionChoice, CompletionLogprobs, CompletionResponse
 from service.api.sse import DONE, data_frame
 from service.engine.detokenizer import TextStream
@@ -34,6 +35,7 @@ class CompletionWriter:
     tokenizer: Tokenizer
     logprobs: int | None
     echoes: Sequence[str] | None
+    receipt: ReceiptWriter
     include_usage: bool
     _prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     _choices: dict[int, _Choice] = field(default_factory=dict)
@@ -47,33 +49,34 @@ class CompletionWriter:
                 reason = choice.finish_reason
                 choices.append(self._write(request.request_id, choice.index, choice.text, choice.logprobs, reason))
         usage = usage_of(answer.finished.usage for answer in answers)
-        return CompletionResponse(**self.answer.fields(), choices=choices, usage=usage)
+        response = CompletionResponse(**self.answer.fields(), object="text_completion", choices=choices, usage=usage)
+        return self.receipt.whole(response, answers[0])
 
     async def frames(self, events: EventStream) -> AsyncGenerator[str, None]:
-        usages: list[Usage] = []
+        ends: list[FinishedEvent] = []
         async with events:
             async for event in events:
                 match event:
                     case FinishedEvent():
-                        usages.append(event.usage)
+                        ends.append(event)
                     case PromptEvent():
                         self._prompt_logprobs[event.request_id] = event.logprobs
                     case TokenEvent():
+                        self.receipt.saw(event)
                         choice = self._write(
                             event.request_id, event.choice, event.text, event.logprobs, event.finish_reason
                         )
                         if choice.text or choice.logprobs or choice.finish_reason:
-                            yield self._frame([choice])
-        if self.include_usage:
-            yield self._frame([], usages)
+                            yield _frame(self._event([choice]))
+        if self.include_usage or self.receipt.wanted:
+            yield _frame(self.receipt.last(self._event([], [end.usage for end in ends]), ends[0]))
         yield DONE
 
-    def _frame(self, choices: list[CompletionChoice], usages: Sequence[Usage] = ()) -> str:
+    def _event(self, choices: list[CompletionChoice], usages: Sequence[Usage] = ()) -> CompletionResponse:
         fields = {**self.answer.fields(), "object": "text_completion", "choices": choices}
         if self.include_usage:
             fields["usage"] = usage_of(usages) if usages else None
-        event = CompletionResponse(**fields)
-        return data_frame(event.model_dump_json(exclude_unset=True))
+        return CompletionResponse(**fields)
 
     def _write(
         self, request_id: str, choice: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
@@ -115,6 +118,10 @@ class CompletionWriter:
         for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
             top.setdefault(self.tokenizer.token_text(token_id), _finite(logprob))
         return top
+
+
+def _frame(event: CompletionResponse) -> str:
+    return data_frame(event.model_dump_json(exclude_unset=True))
 
 
 def _finite(logprob: float) -> float:

@@ -58,7 +58,10 @@ class ApiSettings:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The base model as responses describe it. `created` is a Unix time; `kv_backend` what the engine chose."""
+    """The base model as responses describe it. `created` is a Unix time; `kv_backend` what the engine chose.
+
+    `eos_token_ids` end a choice unless the request ignores them.
+    """
 
     id: str
     model_type: str
@@ -69,6 +72,7 @@ class BaseInfo:
     modules: BaseModules
     created: int
     kv_backend: str | None = None
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 class Tokenizer(Protocol):

@@ -83,6 +83,10 @@ class Guidance:
         _check_size(sum(len(option.encode()) for option in options), MAX_OPTIONS_BYTES, "all choices together", param)
         return self._grammar(_of_regex, "|".join(re.escape(option) for option in options), param)
 
+    def grammar(self, source: str, *, param: str = "grammar") -> Grammar:
+        """What a grammar's own `source` says, compiled again."""
+        return self._grammar(str, source, param)
+
     def _grammar(self, source: Callable[[str], str], text: str, param: str) -> Grammar:
         if not self.available:
             raise ApiError(
@@ -107,7 +111,9 @@ class Guidance:
 
         limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         tokenizer, grammar = self._ll_tokenizer(), source(text)
-        return _CompiledGrammar(lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=limits), self._vocabulary)
+        return _CompiledGrammar(
+            grammar, lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=limits), self._vocabulary
+        )
 
     def _ll_tokenizer(self) -> Any:
         """The tokenizer as llguidance reads it. Built once: it takes up to a second for a large vocabulary."""
@@ -130,8 +136,9 @@ class _CompiledGrammar:
     grown beyond its limit is in error for good, and must be made anew.
     """
 
-    def __init__(self, make: Callable[[], Any], vocabulary: int) -> None:
+    def __init__(self, source: str, make: Callable[[], Any], vocabulary: int) -> None:
         """Raises ValueError if `make`'s matcher is in error, or nothing can begin to satisfy it."""
+        self.source = source
         self._make = make
         self._vocabulary = vocabulary
         self._renewing = threading.Lock()

@@ -13,6 +13,7 @@ from service.api.deps import ServerState
 from service.api.errors import ApiError
 from service.api.generation import timeout_of
 from service.api.model_names import model_of, selection_spec
+from service.api.receipt import seeded
 from service.api.schemas.openai import OpenAIFields, OpenAIUsage, PromptTokensDetails
 from service.api.selection import resolve
 from service.engine.events import Usage
@@ -79,7 +80,7 @@ def generations(
         GenerationRequest(
             request_id=answer.id if len(prompts) == 1 else f"{answer.id}-{i}",
             prompt_ids=prompt_ids,
-            params=params,
+            params=seeded(params) if body.receipt else params,
             selection=selection,
             n=body.choices,
             tenant=tenant,

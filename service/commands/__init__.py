@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class CommandError(Exception):
     """A command cannot do what was asked; the message says why and what to do."""
+
+
+class UsageError(Exception):
+    """The command line cannot be understood, or lacks something that the command needs."""

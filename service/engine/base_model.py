@@ -58,6 +58,47 @@ class LoadedBase:
         return self.adapted.modules
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pretrained:
+    """A causal LM as transformers loads it, with nothing of ours around it: config, tokenizer, model in eval mode."""
+
+    config: Any
+    tokenizer: Any
+    model: Any
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows, which may be more than the tokenizer's."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The generation config's, else the model config's, else the tokenizer's."""
+        model = self.model
+        for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, self.tokenizer.eos_token_id):
+            if ids is not None:
+                return frozenset(ids if isinstance(ids, list) else [ids])
+        return frozenset()
+
+
+def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrained:
+    """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
+
+    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
+    """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log is no place for one
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        wanted = _dtype(dtype, device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
+        loaded = loaded.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
+    return Pretrained(config, tokenizer, loaded)
+
+
 def load_base(
     model: str,
     *,
@@ -66,37 +107,25 @@ def load_base(
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
 ) -> LoadedBase:
-    """Loads a Hugging Face causal LM from a directory or by Hub id. Nothing of the model's own code is run.
-
-    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
-    """
+    """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError."""
     where = pick_device(device)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a log is no place for one
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        wanted = _dtype(dtype, where)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
-        loaded = loaded.to(where).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
+    pretrained = load_pretrained(model, dtype=dtype, device=where)
+    config, loaded = pretrained.config, pretrained.model
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
     modules = modules_of(loaded, config)
     name = served_model_name or served_name(model)
-    vocabulary = loaded.get_input_embeddings().num_embeddings
     return LoadedBase(
         id=name,
         model_type=config.model_type,
         adapted=AdaptedModel(loaded, modules),
-        tokenizer=TextTokenizer(tokenizer, vocabulary),
+        tokenizer=TextTokenizer(pretrained.tokenizer, pretrained.vocabulary),
         identity=identity,
         device=where,
         dtype=loaded.dtype,
         context=_context(config),
-        vocabulary=vocabulary,
-        eos_token_ids=_eos_token_ids(loaded, tokenizer),
+        vocabulary=pretrained.vocabulary,
+        eos_token_ids=pretrained.eos_token_ids,
         parameters=sum(parameter.numel() for parameter in loaded.parameters()),
         fingerprint=fingerprint,
         created=int(time.time()),
@@ -166,11 +195,3 @@ def _context(config: Any) -> int:
         if isinstance(length := getattr(text, name, None), int) and length > 0:
             return length
     return DEFAULT_CONTEXT
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The generation config's, else the model config's, else the tokenizer's."""
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()

@@ -35,6 +35,11 @@ class Guide(Protocol):
 class Grammar(Protocol):
     """What the output must look like. Compiled, so that starting is cheap."""
 
+    @property
+    def source(self) -> str:
+        """What it was compiled from: equal sources allow equal outputs."""
+        ...
+
     def start(self) -> Guide:
         """A guide for one choice, at its beginning. From any thread."""
         ...

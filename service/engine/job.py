@@ -24,6 +24,7 @@ from service.engine.events import (
     Usage,
 )
 from service.engine.guide import Guide
+from service.engine.sampler import choice_generator
 from service.engine.selection import Mode
 from service.engine.sequence import GenerationRequest, Sequence, SequenceStatus
 
@@ -166,13 +167,13 @@ class Job:
 
 
 def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_end: Callable[[Job], None]) -> Job:
-    """A job whose choice i draws from seed + i, so that `n` choices with one seed differ and each can be repeated."""
+    """A job that has not begun; without a seed it draws one."""
     now = time.monotonic()
     seed = request.params.seed if request.params.seed is not None else secrets.randbits(62)
     choices = [
         Choice(
             Sequence(request, i, now),
-            torch.Generator().manual_seed((seed + i) % 2**63),
+            choice_generator(seed, i),
             TextStream(decoder, request.params.stop, request.prompt_ids),
             None if request.grammar is None else request.grammar.start(),
         )

@@ -36,6 +36,11 @@ class SamplingRow:
         return self.params.reshapes or self.allowed is not None
 
 
+def choice_generator(seed: int, choice: int) -> torch.Generator:
+    """What choice i draws from: seed + i, so that `n` choices with one seed differ and each can be repeated."""
+    return torch.Generator().manual_seed((seed + choice) % 2**63)
+
+
 def sample(token_logits: Tensor, rows: Seq[SamplingRow]) -> list[int]:
     """One token id per row, from finite token_logits [rows, vocabulary] float32."""
     asking = [i for i, row in enumerate(rows) if row.reshapes]

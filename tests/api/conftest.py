@@ -88,6 +88,7 @@ class Server:
             modules=base.modules,
             created=1700000000,
             kv_backend="slot",
+            eos_token_ids=frozenset({EOS_ID}),
         )
         tokenizer = TextTokenizer(byte_tokenizer(), vocabulary=272)
         guidance = Guidance(tokenizer.underlying, vocabulary=272, eos_token_ids={EOS_ID})

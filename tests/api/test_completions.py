@@ -10,11 +10,12 @@ import pytest
 
 from service.api.completion_writer import CompletionWriter
 from service.api.openai import Envelope
+from service.api.receipt import ReceiptWriter
 from service.api.schemas.completions import CompletionRequest
 from service.engine.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from service.engine.events import TokenLogprob
-from service.engine.selection import Mode
-from service.engine.sequence import SamplingParams
+from service.engine.selection import Mode, Selection
+from service.engine.sequence import GenerationRequest, SamplingParams
 from tests.api.conftest import ALIAS, BASE, Server, error_of
 from tests.factories import BOS_ID
 from tests.fakes import Failure, fake_text
@@ -350,7 +351,8 @@ def test_without_logprobs_the_prompt_is_not_scored(server: Server) -> None:
 
 def test_tokens_that_read_alike_are_one_entry_with_the_likelier_logprob(server: Server) -> None:
     """Half characters all read as U+FFFD."""
-    writer = CompletionWriter(Envelope("", 0, "", ""), (), server.state.tokenizer, 2, None, False)
+    receipt = ReceiptWriter(server.state.base, GenerationRequest("", (), SamplingParams(), Selection()), False)
+    writer = CompletionWriter(Envelope("", 0, "", ""), (), server.state.tokenizer, 2, None, receipt, False)
     token = TokenLogprob(0xC3, -2.0, ((0xC4, -0.5), (ord("a"), -1.0)))
     assert writer._top(token) == {"\ufffd": -0.5, "a": -1.0}
 

@@ -13,6 +13,7 @@ from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.field_names import FieldNames
 from service.api.openai import envelope, generations, select
+from service.api.receipt import ReceiptWriter
 from service.api.respond import respond
 from service.api.schemas.chat import ChatRequest, ChatResponse
 from service.api.schemas.common import streaming_responses
@@ -57,7 +58,8 @@ def _prepare(state: ServerState, tenant: str, body: ChatRequest) -> ChatWriter:
     answer = envelope(state, "chatcmpl", body, selection)
     grammar = _grammar(state, body, use)
     (generation,) = generations(state, tenant, body, answer, selection, [tuple(prompt)], params, grammar)
-    return ChatWriter(answer, generation, state.tokenizer, use.reader, body.wants_usage)
+    receipt = ReceiptWriter(state.base, generation, body.receipt)
+    return ChatWriter(answer, generation, state.tokenizer, use.reader, receipt, body.wants_usage)
 
 
 def _max_new_tokens(state: ServerState, body: ChatRequest, prompt: int) -> int:

@@ -12,6 +12,7 @@ from service.api.deps import ServerState, State, Tenant
 from service.api.field_names import FieldNames
 from service.api.generation import encode_prompt
 from service.api.openai import envelope, generations, select
+from service.api.receipt import ReceiptWriter
 from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
 from service.api.schemas.completions import CompletionRequest, CompletionResponse
@@ -23,7 +24,12 @@ _DEFAULT_MAX_TOKENS = 16
 _FIELDS = FieldNames("prompt", "max_tokens")
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=streaming_responses())
+@router.post(
+    "/v1/completions",
+    response_model=CompletionResponse,
+    response_model_exclude_unset=True,
+    responses=streaming_responses(),
+)
 async def completions(
     body: CompletionRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
@@ -58,6 +64,7 @@ def _prepare(state: ServerState, tenant: str, body: CompletionRequest) -> Comple
         state.tokenizer,
         body.logprobs,
         [_text_of(state, prompt) for prompt in body.prompts] if body.echo else None,
+        ReceiptWriter(state.base, requests[0], body.receipt),
         body.wants_usage,
     )
 

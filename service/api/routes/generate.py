@@ -12,16 +12,17 @@ from fastapi import APIRouter, Request, Response
 from service.api.choices import ChoiceWriter
 from service.api.deps import ServerState, State, Tenant
 from service.api.generation import EventStream, encode_prompt, gather, new_generation_id, timeout_of
+from service.api.receipt import ReceiptWriter, seeded
 from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
 from service.api.schemas.generate import (
     GenerateDelta,
     GenerateRequest,
     GenerateResponse,
-    SelectionView,
     TimingView,
     UsageView,
 )
+from service.api.schemas.selected import SelectionView
 from service.api.selection import resolve
 from service.api.sse import DONE, data_frame
 from service.engine.events import FinishedEvent, TokenEvent
@@ -30,7 +31,12 @@ from service.engine.sequence import GenerationRequest
 router = APIRouter(tags=["generate"])
 
 
-@router.post("/v1/generate", response_model=GenerateResponse, responses=streaming_responses())
+@router.post(
+    "/v1/generate",
+    response_model=GenerateResponse,
+    response_model_exclude_unset=True,
+    responses=streaming_responses(),
+)
 async def generate(body: GenerateRequest, request: Request, response: Response, state: State, tenant: Tenant) -> object:
     """Generates with the selection that the request names: an adapter, a blend, the base model, or the active one."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
@@ -43,11 +49,12 @@ class _Writer:
 
     request: GenerationRequest
     choices: ChoiceWriter
+    receipt: ReceiptWriter
     model: str
 
     async def whole(self, events: EventStream) -> GenerateResponse:
         (answer,) = await gather(events, [self.request])
-        return GenerateResponse(
+        response = GenerateResponse(
             id=self.request.request_id,
             model=self.model,
             selection=SelectionView.of(self.request.selection, answer.finished.mode),
@@ -55,6 +62,7 @@ class _Writer:
             usage=UsageView.of(answer.finished.usage),
             timing=TimingView.of(answer.finished.timing),
         )
+        return self.receipt.whole(response, answer)
 
     async def frames(self, events: EventStream) -> AsyncGenerator[str, None]:
         """One for each event. The last choice's end is held back, to travel with what the FinishedEvent says."""
@@ -63,9 +71,11 @@ class _Writer:
         async with events:
             async for event in events:
                 if isinstance(event, FinishedEvent):
-                    yield data_frame(self._last_delta(last, event).model_dump_json(exclude_unset=True))
+                    end = self.receipt.last(self._last_delta(last, event), event)
+                    yield data_frame(end.model_dump_json(exclude_unset=True))
                     continue
                 assert isinstance(event, TokenEvent), "this route asks for no prompt's log-probabilities"
+                self.receipt.saw(event)
                 running -= event.finish_reason is not None
                 if running == 0:
                     last = event
@@ -94,7 +104,7 @@ def _prepare(state: ServerState, tenant: str, body: GenerateRequest) -> _Writer:
     request = GenerationRequest(
         request_id=new_generation_id(),
         prompt_ids=prompt_ids,
-        params=body.sampling(),
+        params=seeded(body.sampling()) if body.receipt else body.sampling(),
         selection=selection,
         n=body.n,
         tenant=tenant,
@@ -103,5 +113,8 @@ def _prepare(state: ServerState, tenant: str, body: GenerateRequest) -> _Writer:
     text = body.prompt if isinstance(body.prompt, str) else state.tokenizer.decode(prompt_ids)
     choices = ChoiceWriter(state.tokenizer, with_logprobs=body.logprobs is not None)
     return _Writer(
-        request, choices.echoing(text, prompt_ids) if body.echo else choices, state.settings.served_model_name
+        request,
+        choices.echoing(text, prompt_ids) if body.echo else choices,
+        ReceiptWriter(state.base, request, body.receipt),
+        state.settings.served_model_name,
     )

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from service.api.schemas.common import RequestModel, ResponseModel, Text, check_text
 from service.api.schemas.generate import MAX_LOGPROBS
 from service.api.schemas.openai import OpenAIFields, OpenAIUsage
+from service.api.schemas.receipt import Receipt
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -176,6 +177,7 @@ class ChatResponse(ResponseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: OpenAIUsage
+    receipt: Receipt | None = None
 
 
 class ChatDelta(ResponseModel):
@@ -201,3 +203,4 @@ class ChatChunk(ResponseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
+    receipt: Receipt | None = None

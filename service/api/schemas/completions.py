@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from service.api.schemas.common import ResponseModel, check_text
 from service.api.schemas.generate import MAX_LOGPROBS
 from service.api.schemas.openai import OpenAIFields, OpenAIUsage
+from service.api.schemas.receipt import Receipt
 
 MAX_PROMPTS = 256
 
@@ -57,6 +58,8 @@ class CompletionRequest(OpenAIFields):
                 "max_tokens",
                 "max_tokens is 0, which generates nothing: set echo to read the prompt, or ask for more",
             )
+        if self.receipt and len(self.prompts) > 1:
+            return "receipt", "a receipt is for one prompt: send a request for each"
         return super().contradiction()
 
     @property
@@ -94,3 +97,4 @@ class CompletionResponse(ResponseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
+    receipt: Receipt | None = None

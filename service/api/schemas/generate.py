@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from service.api.schemas.common import RequestModel, ResponseModel, Text, check_text
+from service.api.schemas.receipt import RECEIPT_DESCRIPTION, Receipt, ReceiptWanted
+from service.api.schemas.selected import SelectionView
 from service.engine.events import Timing, Usage
-from service.engine.selection import Selection, SelectionSpec, WeightedName
+from service.engine.selection import SelectionSpec, WeightedName
 from service.engine.sequence import SamplingParams
 
 MAX_CHOICES = 128
@@ -78,6 +80,7 @@ class GenerateRequest(SelectionFields):
     )
     echo: bool = Field(False, description="Puts the prompt before each choice's text and token ids")
     stream: bool = False
+    receipt: ReceiptWanted = Field(False, description=RECEIPT_DESCRIPTION)
     timeout_s: float | None = Field(None, gt=0, description="The server's own limit counts if it is lower")
 
     def sampling(self) -> SamplingParams:
@@ -119,25 +122,6 @@ class ChoiceView(ResponseModel):
     logprobs: list[TokenLogprobView] | None
 
 
-class SelectedView(ResponseModel):
-    name: str
-    digest: str
-    weight: float
-
-
-class SelectionView(ResponseModel):
-    """What ran. No adapters: the base model."""
-
-    adapters: list[SelectedView]
-    mode: str
-
-    @classmethod
-    def of(cls, selection: Selection, mode: str) -> SelectionView:
-        """`mode` is what ran, which is not always what the selection prefers."""
-        adapters = [SelectedView(name=a.name, digest=a.digest, weight=a.weight) for a in selection.adapters]
-        return cls(adapters=adapters, mode=mode)
-
-
 class UsageView(ResponseModel):
     """The prompt counts once, however many choices it has."""
 
@@ -171,10 +155,11 @@ class GenerateResponse(ResponseModel):
     choices: list[ChoiceView]
     usage: UsageView
     timing: TimingView
+    receipt: Receipt | None = None
 
 
 class GenerateDelta(ResponseModel):
-    """One event of a stream. The last one carries selection, usage and timing; the others leave them out."""
+    """One event of a stream. The last one carries selection, usage, timing, receipt; the others leave them out."""
 
     id: str
     model: str
@@ -182,3 +167,4 @@ class GenerateDelta(ResponseModel):
     selection: SelectionView | None = None
     usage: UsageView | None = None
     timing: TimingView | None = None
+    receipt: Receipt | None = None

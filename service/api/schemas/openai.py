@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from service.api.schemas.common import RequestModel, ResponseModel, Text
 from service.api.schemas.generate import MAX_CHOICES, MAX_STOPS, SelectionFields, Stop, UsageView
+from service.api.schemas.receipt import RECEIPT_DESCRIPTION, ReceiptWanted
 from service.engine.sequence import SamplingParams
 
 MAX_BIASES = 1024
@@ -97,6 +98,7 @@ class OpenAIFields(SelectionFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timeout_s: float | None = Field(None, gt=0, description="The server's own limit counts if it is lower")
+    receipt: ReceiptWanted | None = Field(None, description=RECEIPT_DESCRIPTION)
     response_format: ResponseFormat | None = Field(None, description="Needs the server's extra `guided`")
     guided_json: dict[str, Any] | Text | None = Field(None, description="A JSON schema, as an object or as text")
     guided_regex: Text | None = None
