@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,7 @@ from service.api import guidance as module
 from service.api.errors import ApiError
 from service.api.guidance import MAX_OPTIONS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, Guidance
 from service.demo.run import ASSETS
-from service.engine.guide import Grammar, GrammarFailed
+from service.engine.guide import Grammar, GrammarFailed, Guide
 from service.engine.sampler import SamplingRow, sample
 from service.engine.sequence import SamplingParams
 from tests.factories import EOS_ID, PAD_ID, VOCAB_SIZE, byte_tokenizer
@@ -205,27 +207,54 @@ def test_guides_of_one_grammar_go_their_own_ways_in_many_threads(guidance: Guida
 
 
 def test_a_grammar_is_compiled_once_and_forgotten_when_many_others_came(guidance: Guidance) -> None:
-    first = guidance.regex("first")
-    assert guidance.regex("first") is first
+    first = weakref.ref(guidance.regex("first"))
+    assert guidance.regex("first") is first()
     for i in range(module._GRAMMARS_KEPT):
         guidance.regex(f"other {i}")
-    assert guidance.regex("first") is not first
+    assert first() is None
 
 
-def test_a_grammar_that_outgrew_its_limit_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_LEXER_STATES", 40)
+def test_large_grammars_are_forgotten_sooner(guidance: Guidance) -> None:
+    first = weakref.ref(guidance.choice(["first"]))
+    for i in range(2):
+        assert first() is not None
+        guidance.choice([str(i) * (module._BYTES_KEPT // 2)])
+    assert first() is None
+
+
+def test_grammars_in_use_are_bounded_by_the_size_of_their_sources() -> None:
     guidance = Guidance(byte_tokenizer(), VOCAB_SIZE, {EOS_ID})
-    grammar = guidance.regex("[a-z]{2}|A{100}")
-    with pytest.raises(GrammarFailed, match="too many states"):
-        write_bytes(grammar, b"A" * 60)
-    with pytest.raises(GrammarFailed, match="too many states"):
-        write_bytes(grammar, b"ab")
-    assert guidance.regex("[a-z]{2}|A{100}") is grammar
-    write_bytes(grammar, b"ab")
+    texts = [f"{i:x<200}" + "a" * 100_000 for i in range(20)]
+    room = module._BYTES_ALIVE // len(texts[0]) - 1  # the last ones are kept besides
+    in_use = [guidance.choice([text]) for text in texts[:room]]
+    with pytest.raises(ApiError, match="too many different grammars") as refused:
+        in_use += [guidance.choice([text]) for text in texts[room:]]
+    assert refused.value.code == "overloaded"
+    assert guidance.choice([texts[0]]) is in_use[0]
+    in_use.clear()
+    guidance.choice([texts[-1]])
 
 
-def write_bytes(grammar: Grammar, text: bytes) -> None:
-    guide = grammar.start()
+@pytest.mark.parametrize("quick", [True, False])
+def test_one_that_outgrows_a_grammar_leaves_others_alone(monkeypatch: pytest.MonkeyPatch, *, quick: bool) -> None:
+    monkeypatch.setattr(module, "_MAX_LEXER_STATES", 120)
+    monkeypatch.setattr(module, "_BYTES_RENEWED", 100 if quick else 10)
+    guidance = Guidance(byte_tokenizer(), VOCAB_SIZE, {EOS_ID})
+    pattern = "[a-z]{8}|[AB]*A[AB]{12}C"
+    grammar = guidance.regex(pattern)
+    neighbour, late = grammar.start(), grammar.start()
+    write_bytes(neighbour, b"abcd")
+    with pytest.raises(GrammarFailed, match="too many states"):
+        write_bytes(grammar.start(), bytes(random.Random(0).choices(b"AB", k=500)))
+    if quick:
+        write_bytes(neighbour, b"efgh")
+        assert neighbour.allowed().nonzero().flatten().tolist() == [EOS_ID]
+        write_bytes(late, b"abcdefgh")
+    assert guidance.regex(pattern) is grammar
+    write_bytes(grammar.start(), b"abcdefgh")
+
+
+def write_bytes(guide: Guide, text: bytes) -> None:
     for byte in text:
         assert guide.allowed()[byte]
         guide.accept(byte)
@@ -253,7 +282,7 @@ REFUSED = {
     "syntax": (lambda g: g.regex("("), "guided_regex", "unclosed group"),
     "look-around": (lambda g: g.regex("(?=a)b"), "guided_regex", "look-around"),
     "too complex": (lambda g: g.regex("(a{1000}){1000}"), "guided_regex", "too many expressions"),
-    "long schema": (lambda g: g.json_schema({"const": "x" * MAX_SCHEMA_BYTES}), "response_format", "262,144 bytes"),
+    "long schema": (lambda g: g.json_schema({"const": "x" * MAX_SCHEMA_BYTES}), "response_format", "131,072 bytes"),
     "long regex": (lambda g: g.regex("ü" * MAX_REGEX_BYTES), "guided_regex", "16,384 bytes"),
     "no choice": (lambda g: g.choice([]), "guided_choice", "1 to 1,000 texts"),
     "many choices": (lambda g: g.choice(["a"] * (MAX_OPTIONS + 1)), "guided_choice", "1 to 1,000 texts"),
