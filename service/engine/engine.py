@@ -90,20 +90,17 @@ class BatchEngine:
     def max_context(self) -> int:
         return self._limits.max_context
 
+    def check_room(self) -> None:
+        with self._changed:
+            self._check_room(1)
+
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         self._check(request)
         job = make_job(request, sink, self._decoder, self._ended)
         with self._changed:
-            if self._state is not EngineState.READY:
-                raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+            self._check_room(request.n)
             if request.request_id in self._jobs:
                 raise InvalidRequest(f"a request with the id {request.request_id!r} is already running")
-            queued = self._queued()
-            if queued + request.n > self._limits.max_queue:
-                raise Overloaded(
-                    f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
             self._jobs[request.request_id] = job
             if not self._may_pin(job):
                 self._park(job)
@@ -164,6 +161,17 @@ class BatchEngine:
             self._loaders.shutdown(wait=True)
             self._fail_all("the server stopped before the request was finished")
             self._run_commands()  # what the loaders handed over last, so that its pins are given back
+
+    def _check_room(self, choices: int) -> None:
+        """Whether so many may be accepted now. Under the lock."""
+        if self._state is not EngineState.READY:
+            raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+        queued = self._queued()
+        if queued + choices > self._limits.max_queue:
+            raise Overloaded(
+                f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     def _queued(self) -> int:
         """Choices accepted and not yet running."""

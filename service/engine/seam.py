@@ -58,6 +58,13 @@ class Engine(Protocol):
         """The most tokens, prompt and output together, that one request may have."""
         ...
 
+    def check_room(self) -> None:
+        """Raises what `submit` would for any request now: Overloaded, EngineUnavailable.
+
+        So that one that will be refused is so before its prompt is encoded. That there is room now promises nothing.
+        """
+        ...
+
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         """Accepts a request, whose events go to `sink`, from the engine's threads, ending in one terminal event.
 

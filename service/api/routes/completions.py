@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from service.api.completion_writer import CompletionWriter
-from service.api.deps import ServerState, State, Tenant
+from service.api.deps import HAS_ROOM, ServerState, State, Tenant
 from service.api.generation import encode_prompt
 from service.api.openai import envelope, generations, select
 from service.api.respond import respond
@@ -21,7 +21,9 @@ router = APIRouter(tags=["openai"])
 _DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=streaming_responses())
+@router.post(
+    "/v1/completions", response_model=CompletionResponse, responses=streaming_responses(), dependencies=[HAS_ROOM]
+)
 async def completions(
     body: CompletionRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:

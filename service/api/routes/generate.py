@@ -10,7 +10,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from service.api.choices import ChoiceWriter
-from service.api.deps import ServerState, State, Tenant
+from service.api.deps import HAS_ROOM, ServerState, State, Tenant
 from service.api.generation import EventStream, encode_prompt, gather, new_generation_id, timeout_of
 from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
@@ -30,7 +30,7 @@ from service.engine.sequence import GenerationRequest
 router = APIRouter(tags=["generate"])
 
 
-@router.post("/v1/generate", response_model=GenerateResponse, responses=streaming_responses())
+@router.post("/v1/generate", response_model=GenerateResponse, responses=streaming_responses(), dependencies=[HAS_ROOM])
 async def generate(body: GenerateRequest, request: Request, response: Response, state: State, tenant: Tenant) -> object:
     """Generates with the selection that the request names: an adapter, a blend, the base model, or the active one."""
     writer = await to_thread.run_sync(partial(_prepare, state, tenant, body))
