@@ -41,8 +41,8 @@ class FakeEngine:
     Or with `script`, to its end; a request's grammar is held to it. The prompt's tokens are as likely as they are long.
 
     Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
-    `submit`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it is set, and with
-    `hold_after` it closes by itself after so many steps.
+    `submit`, `full` by `check_room`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it
+    is set, and with `hold_after` it closes by itself after so many steps.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class FakeEngine:
         self.requests: list[GenerationRequest] = []
         self.folded: list[Selection] = []
         self.refusal: Exception | None = None
+        self.full: Exception | None = None
         self.failure: Failure | None = None
         self.fold_error: Exception | None = None
         self.fold_never_comes = False
@@ -61,6 +62,10 @@ class FakeEngine:
         self.submitted = threading.Event()
         self.cancelled = threading.Event()
         self._cancelled_ids: set[str] = set()
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
         if self.refusal is not None:

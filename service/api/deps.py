@@ -192,6 +192,11 @@ async def server_state(request: Request) -> ServerState:
     return state
 
 
+async def check_room(state: Annotated[ServerState, Depends(server_state)]) -> None:
+    """Refuses a generation while the queue is full: before its body is looked at, which would cost far more."""
+    state.engine.check_room()
+
+
 async def tenant_of(request: Request) -> str:
     """Whose adapters the request sees and changes: its key's tenant, the shared one without keys."""
     key = key_of(request.scope)
@@ -200,3 +205,4 @@ async def tenant_of(request: Request) -> str:
 
 State = Annotated[ServerState, Depends(server_state)]
 Tenant = Annotated[str, Depends(tenant_of)]
+HAS_ROOM = Depends(check_room)

@@ -90,13 +90,19 @@ class BatchEngine:
     def max_context(self) -> int:
         return self._limits.max_context
 
+    def check_room(self) -> None:
+        with self._changed:
+            self._check_room(1)
+
     def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
-        self._check_number(sum(request.n for request in requests))
+        choices = sum(request.n for request in requests)
+        self._check_number(choices)
         for request in requests:
             self._check(request)
         jobs = [make_job(request, sink, self._decoder, self._ended) for request in requests]
         with self._changed:
-            self._check_room(requests)
+            self._check_room(choices)
+            self._check_ids(requests)
             self._jobs |= {job.request.request_id: job for job in jobs}
             for job in jobs:
                 self._take(job)
@@ -154,6 +160,17 @@ class BatchEngine:
             self._fail_all("the server stopped before the request was finished")
             self._run_commands()  # what the loaders handed over last, so that its pins are given back
 
+    def _check_room(self, choices: int) -> None:
+        """Whether so many may be accepted now. Under the lock."""
+        if self._state is not EngineState.READY:
+            raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+        queued = self._queued()
+        if queued + choices > self._limits.max_queue:
+            raise Overloaded(
+                f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
     def _queued(self) -> int:
         """Choices accepted and not yet running."""
         return sum(s.status is SequenceStatus.WAITING for job in self._jobs.values() for s in job.sequences)
@@ -166,19 +183,11 @@ class BatchEngine:
                 param="n",
             )
 
-    def _check_room(self, requests: Sequence[GenerationRequest]) -> None:
-        """Whether they can be accepted now. Under the lock."""
-        if self._state is not EngineState.READY:
-            raise EngineUnavailable(f"the server takes no requests now: its engine is {self._state.name.lower()}")
+    def _check_ids(self, requests: Sequence[GenerationRequest]) -> None:
+        """Under the lock."""
         for request in requests:
             if request.request_id in self._jobs:
                 raise InvalidRequest(f"a request with the id {request.request_id!r} is already running")
-        queued = self._queued()
-        if queued + sum(request.n for request in requests) > self._limits.max_queue:
-            raise Overloaded(
-                f"{queued} choices are waiting and the queue takes {self._limits.max_queue}; try again later",
-                retry_after_s=_RETRY_AFTER_S,
-            )
 
     def _take(self, job: Job) -> None:
         """Sets an accepted job going. Under the lock."""

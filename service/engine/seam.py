@@ -59,6 +59,13 @@ class Engine(Protocol):
         """The most tokens, prompt and output together, that one request may have."""
         ...
 
+    def check_room(self) -> None:
+        """Raises what `submit` would for any request now: Overloaded, EngineUnavailable.
+
+        So that one that will be refused is so before its prompt is encoded. That there is room now promises nothing.
+        """
+        ...
+
     def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
         """Accepts requests, all or none. Their events go to `sink`, from the engine's threads, each one's ending in one
         terminal event.

@@ -278,3 +278,24 @@ def test_a_failure_before_any_output_has_its_status(server: Server, code: str, s
 def test_a_failure_halfway_is_no_partial_answer(server: Server) -> None:
     server.engine.failure = Failure("request_timeout", "it took too long", after=3)
     error_of(server.generate(), 408, "request_timeout")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", {"prompt": "hi"}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/generate", {"inputs": "hi"}),
+        ("/generate_stream", {"inputs": "hi"}),
+    ],
+)
+def test_a_full_queue_refuses_before_anything_is_done(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    assert server.client.post(path, json=body).status_code == 200
+    server.engine.full = Overloaded("the queue is full", retry_after_s=3)
+    monkeypatch.setattr(server.state.tokenizer, "encode", lambda text, **options: pytest.fail("it was encoded"))
+    response = server.client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+    assert response.headers["retry-after"] == "3"

@@ -188,6 +188,23 @@ def test_more_choices_than_the_queue_ever_takes_are_the_requests_fault(bench: Be
     assert bench.engine.stats().waiting == 0
 
 
+def test_whether_there_is_room_is_told_without_a_request(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    running = bench.submit("running", n=2)
+    assert bench.runner.entered.wait(10)
+    waiting = [bench.submit("first", n=4)]
+    bench.engine.check_room()
+    waiting.append(bench.submit("last", n=4))
+    with pytest.raises(Overloaded):
+        bench.engine.check_room()
+    bench.runner.gate.set()
+    assert all(isinstance(finish(events)[1], FinishedEvent) for events in (running, *waiting))
+    bench.engine.check_room()
+    bench.engine.drain(10)
+    with pytest.raises(EngineUnavailable):
+        bench.engine.check_room()
+
+
 def test_two_requests_with_one_id_are_refused(bench: Bench) -> None:
     bench.runner.gate.clear()
     first = bench.submit("same")
