@@ -13,6 +13,7 @@ import pytest
 
 from adapters.errors import StoreError
 from adapters.store import Activation, AdapterStore, schema
+from adapters.store.backup import copy_database
 from adapters.store.inventory import Problem
 from adapters.store.repair import Report, examine, repair
 from tests.unit.adapters.store_support import SHARED, assert_consistent, blobs, flip_a_bit, publish
@@ -259,6 +260,25 @@ class TestDatabase:
             assert [record.name for record in store.list(SHARED)[0]] == ["sql", "style"]
             assert store.count("acme") == 0
             assert_consistent(store, data_dir)
+
+    def test_what_the_copy_does_not_know_is_aside_before_the_copy_is_in_place(
+        self, data_dir: Path, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server that starts after a kill in between would sweep it up."""
+        with closing(AdapterStore(data_dir)) as store:
+            newer = publish(store, "newer", b"5").digest
+            monkeypatch.setattr(store._backup, "write", lambda: None)
+        (data_dir / "store.sqlite3").write_bytes(b"no database" * 1000)
+
+        def killed_after(*args: Path) -> None:
+            copy_database(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("adapters.store.repair.copy_database", killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            repair(data_dir)
+        AdapterStore(data_dir).close()
+        assert (data_dir / "quarantine" / f"{newer[7:]}.1" / WEIGHTS).read_bytes() == b"5"
 
     def test_killed_in_the_middle_it_is_repaired_again(
         self, data_dir: Path, digests: dict[str, str], contents: Callable[[], object], monkeypatch: pytest.MonkeyPatch
