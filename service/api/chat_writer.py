@@ -25,7 +25,6 @@ from service.api.schemas.chat import (
 )
 from service.api.sse import DONE, data_frame
 from service.api.tool_calls import OutputReader, joined
-from service.engine.detokenizer import REPLACEMENT
 from service.engine.events import FinishedEvent, FinishReason, TokenEvent, TokenLogprob, Usage
 from service.engine.sequence import GenerationRequest
 
@@ -121,9 +120,12 @@ class ChatWriter:
         return ChatTokenView(**self._likely(token.token_id, token.logprob).model_dump(), top_logprobs=top)
 
     def _likely(self, token_id: int, logprob: float) -> LikelyTokenView:
-        text = self.tokenizer.token_text(token_id)
-        own = None if REPLACEMENT in text else list(text.encode())
-        return LikelyTokenView(token=text, logprob=max(logprob, LOWEST_LOGPROB), bytes=own)
+        own = self.tokenizer.token_bytes(token_id)
+        return LikelyTokenView(
+            token=self.tokenizer.token_text(token_id),
+            logprob=max(logprob, LOWEST_LOGPROB),
+            bytes=None if own is None else list(own),
+        )
 
 
 def _frame(chunk: ChatChunk) -> str:

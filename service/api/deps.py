@@ -123,6 +123,10 @@ class Tokenizer(Protocol):
         """One token's own text, special tokens included."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that the token adds to a text, which may be part of a character; None if that cannot be told."""
+        ...
+
 
 class Metrics(Protocol):
     """Where the HTTP layer counts. Every method may be called from any thread."""

@@ -7,6 +7,9 @@ from typing import Any
 
 import jinja2
 
+from service.engine.detokenizer import REPLACEMENT
+from service.engine.token_bytes import TokenBytes
+
 
 class ChatTemplateError(ValueError):
     """A chat template cannot be rendered for these messages; the message says what it says."""
@@ -18,6 +21,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self._bytes = TokenBytes(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
@@ -93,3 +97,13 @@ class TextTokenizer:
         if token_id >= len(self._tokenizer):
             return ""
         return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that the token adds to a text, which may be part of a character; None if that cannot be told."""
+        if token_id >= len(self._tokenizer):
+            return b""
+        own = self._bytes.of(self._tokenizer.convert_ids_to_tokens(token_id))
+        if own is not None:
+            return own
+        text = self.token_text(token_id)
+        return None if REPLACEMENT in text else text.encode()

@@ -255,6 +255,12 @@ def test_a_failure_within_a_stream_is_an_error_event(server: Server) -> None:
     assert "[DONE]" not in response.text
 
 
+def test_a_part_of_a_character_has_its_bytes(server: Server) -> None:
+    server.engine.script = "\xe2\x82\xac"  # three tokens, which are bytes: €
+    (choice,) = chat(server, logprobs=True).json()["choices"]
+    assert [token["bytes"] for token in choice["logprobs"]["content"]] == [[0xE2], [0x82], [0xAC]]
+
+
 # --- tools ----------------------------------------------------------------------------------------
 
 NAMED = {"type": "function", "function": {"name": "weather"}}

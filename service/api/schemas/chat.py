@@ -125,7 +125,7 @@ class ChatRequest(OpenAIFields):
 
 
 class LikelyTokenView(ResponseModel):
-    """`bytes` are the token's own, which may be part of a character."""
+    """`bytes` are the token's own, which may be part of a character; null if its tokenizer does not tell."""
 
     token: str
     logprob: float
