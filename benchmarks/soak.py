@@ -223,7 +223,7 @@ def logged(server: Server) -> Iterator[dict[str, Any]]:
 
 def progress(seconds: float, rounds: int, record: Record) -> str:
     endings = ", ".join(f"{count} {ending}" for ending, count in sorted(record.endings.items()))
-    return f"{seconds:6.0f} s  round {rounds}  {record.resident_bytes[-1] >> 20} MiB  {endings}"
+    return f"{seconds:6.0f} s  round {rounds}  {record.resident_bytes[-1] / 2**20:.1f} MiB  {endings}"
 
 
 def seconds_of(outcomes: Iterable[Outcome], ending: Ending) -> list[float]:

@@ -21,6 +21,7 @@ class Gauges:
     queue_depth: int
     running: int
     kv_bytes: int
+    prefix_bytes: int
     pins: int
     open_files: int
     threads: int
@@ -46,6 +47,7 @@ class Observer:
             queue_depth=int(metrics["vblora_queue_depth"]),
             running=int(metrics["vblora_running_sequences"]),
             kv_bytes=int(metrics["vblora_kv_bytes"]),
+            prefix_bytes=int(metrics["vblora_prefix_bytes"]),
             pins=sum(adapter["pins"] for adapter in self._adapters()),
             open_files=len(list((self._process / "fd").iterdir())),
             threads=len(list((self._process / "task").iterdir())),

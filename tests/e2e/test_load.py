@@ -323,7 +323,7 @@ def request(body: bytes, name: str, path: str = "/v1/generate") -> bytes:
 
 
 async def test_on_sigterm_streams_end_and_new_requests_are_refused(stage: Stage) -> None:
-    with stage.server(data="sigterm") as server:
+    with stage.server("--drain-timeout-s", f"{2 * WAIT_S}", data="sigterm") as server:
         async with LoadClient(server.url) as client:
             asks = [stream_ask(f"stream-{i}", tokens=400) for i in range(6)]
             running = [asyncio.create_task(client.ask(ask)) for ask in asks]
