@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,16 +89,19 @@ def check_range(extras: Mapping[str, Tensor], model: AdaptedModel) -> None:
             raise NonFinite(f"{key} holds numbers beyond the {name} that this server runs the base in", subject=key)
 
 
-def replaced_parameters(extras: Mapping[str, Tensor], model: AdaptedModel) -> dict[str, dict[str, Tensor]]:
+def replaced_parameters(
+    extras: Mapping[str, Tensor], base_tensor: Callable[[str], Tensor | None]
+) -> dict[str, dict[str, Tensor]]:
     """The parameters that an adapter's trained biases and saved modules replace, by module and attribute.
 
-    In the base's dtype on its device. Those that equal the base's own (PEFT stores `lm_head` unasked when it is a
-    target) replace nothing and are left out.
+    `base_tensor` gives the base's own by name; values are in its dtype on its device. Those that equal the base's own
+    (PEFT stores `lm_head` unasked when it is a target) replace nothing and are left out.
     """
     replaced: dict[str, dict[str, Tensor]] = {}
     for key, tensor in extras.items():
         owner, attribute = extra_owner(key), key.rpartition(".")[2]
-        own = _own(key, model)
+        own = base_tensor(f"{owner}.{attribute}")
+        assert own is not None, "the layout was checked"
         values = tensor.to(own)
         if not torch.equal(values, own):
             replaced.setdefault(owner, {})[attribute] = values

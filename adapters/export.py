@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from safetensors.torch import save_file
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint
 from adapters.config import CONFIG_FILE
 from adapters.safetensors_header import WEIGHTS_FILE
+from adapters.staging import staged_directory
 
 
 def write_adapter(
@@ -22,16 +20,8 @@ def write_adapter(
 
     The directory appears whole or not at all. Raises FileExistsError if it exists and is not empty.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} already exists and is not an empty directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with staged_directory(directory) as staged:
         write_files(checkpoint, staged, metadata)
-        _publish(staged, directory)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
 
 
 def write_files(
@@ -41,19 +31,3 @@ def write_files(
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})
     (directory / CONFIG_FILE).write_text(checkpoint.config.to_json(), encoding="utf-8")
-
-
-def _publish(staged: Path, directory: Path) -> None:
-    for path in (*staged.iterdir(), staged):
-        _fsync(path)
-    staged.chmod(0o755)
-    os.replace(staged, directory)
-    _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from adapters.layers import AdaptedModel
 from adapters.replacements import blended
 from adapters.targets import is_conv1d
 
-_Place = tuple[str, str]  # a module's name and the attribute of its parameter
+Place = tuple[str, str]  # a module's name and the attribute of its parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Merger:
     def __init__(self, model: AdaptedModel) -> None:
         self._model = model
         self._pristine = model.pristine
-        self._folded: dict[_Place, Tensor] = {}  # the module's own parameter, aside while another is folded in
+        self._folded: dict[Place, Tensor] = {}  # the module's own parameter, aside while another is folded in
         uses = Counter(id(p) for module in model.model.modules() for p in module.parameters(recurse=False))
         self._tied = frozenset(parameter for parameter, count in uses.items() if count > 1)
 
@@ -59,7 +59,7 @@ class Merger:
         """
         self.restore()
         try:
-            for place in _changed_places(selection):
+            for place in changed_places(selection):
                 self._fold_parameter(place, selection)
         except BaseException:
             self.restore()
@@ -69,15 +69,15 @@ class Merger:
     def rounding(self, selection: Sequence[tuple[AdapterFactors, float]]) -> FoldReport:
         """What rounding to the model's dtype has lost of this selection, which is folded at the moment."""
         worst, worst_layer = 0.0, None
-        for name, attribute in _changed_places(selection):
+        for name, attribute in changed_places(selection):
             layer = self._model.base_layer(name)
-            low_rank = _stacked(selection, name) if attribute == "weight" else None
+            low_rank = stacked(selection, name) if attribute == "weight" else None
             if low_rank is None:
                 continue
             folded: Tensor = getattr(layer, attribute)
             pristine = self._pristine[f"{name}.{attribute}"].to(folded.device)
             change = delta(*low_rank, transposed=is_conv1d(layer))
-            base = blended(pristine, _replacing(selection, (name, attribute))).float()
+            base = blended(pristine, replacing(selection, (name, attribute))).float()
             scale = float(change.norm())
             error = float((folded.float() - base - change).norm()) / scale if scale else 0.0
             if error >= worst:
@@ -92,7 +92,7 @@ class Merger:
         self._folded.clear()
 
     @torch.inference_mode()
-    def _fold_parameter(self, place: _Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
+    def _fold_parameter(self, place: Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         name, attribute = place
         layer = self._model.base_layer(name)
         own: Tensor = getattr(layer, attribute)
@@ -104,9 +104,9 @@ class Merger:
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
         folded: Tensor = getattr(layer, attribute).data
-        if replacing := _replacing(selection, place):
-            folded.copy_(blended(own.detach(), replacing))
-        if attribute == "weight" and (low_rank := _stacked(selection, name)) is not None:
+        if parts := replacing(selection, place):
+            folded.copy_(blended(own.detach(), parts))
+        if attribute == "weight" and (low_rank := stacked(selection, name)) is not None:
             _add_product(folded, *low_rank, transposed=is_conv1d(layer))
         if not math.isfinite(float(torch.linalg.vector_norm(folded, torch.inf))):
             raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
@@ -120,22 +120,23 @@ def _add_product(weight: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> N
         weight.copy_(weight.float() + delta(a, b, transposed=transposed))
 
 
-def _changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[_Place]:
+def changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[Place]:
     """Every parameter that some adapter adapts or replaces, each once."""
-    places: dict[_Place, None] = {}
+    places: dict[Place, None] = {}
     for adapter, _ in selection:
         places.update({(name, "weight"): None for name in adapter.layers})
         places.update({(name, a): None for name, parameters in adapter.replaced.items() for a in parameters})
     return list(places)
 
 
-def _replacing(selection: Sequence[tuple[AdapterFactors, float]], place: _Place) -> list[tuple[Tensor, float]]:
+def replacing(selection: Sequence[tuple[AdapterFactors, float]], place: Place) -> list[tuple[Tensor, float]]:
+    """What the adapters bring in a parameter's stead, with their weights."""
     name, attribute = place
     parts = [(adapter.replaced.get(name, {}).get(attribute), weight) for adapter, weight in selection]
     return [(part, weight) for part, weight in parts if part is not None]
 
 
-def _stacked(selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> tuple[Tensor, Tensor] | None:
+def stacked(selection: Sequence[tuple[AdapterFactors, float]], layer: str) -> tuple[Tensor, Tensor] | None:
     """A [R, in] and B [out, R] of one layer, stacked over its adapters, weights in B; None if no adapter adapts it.
 
     One layer at a time: the deltas of a whole model in float32 would take up to twice a 16-bit model's memory.

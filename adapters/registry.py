@@ -374,7 +374,7 @@ class AdapterRegistry:
     @torch.inference_mode()
     def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
         self._check_size(compact.layout)
-        replaced = replaced_parameters(compact.extras, self._model)
+        replaced = replaced_parameters(compact.extras, self._model.tensor)
         layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
         here = {
             name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}

@@ -17,6 +17,7 @@ from service import __version__
 from service.commands import CommandError, UsageError
 from service.engine.errors import EngineError
 from service.logs import printable
+from service.setting_kinds import BYTES
 from service.settings import (
     API_KEY_VARIABLE,
     DEBUG_VARIABLE,
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
     _add_blend(commands.add_parser("blend", help="make one adapter of a weighted sum of several"))
+    _add_merge(commands.add_parser("merge", help="write the base model with adapters folded into its weights"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
     _add_replay(commands.add_parser("replay", help="recompute an answer from its receipt, with PEFT"))
     _add_key(commands.add_parser("key", help="make an API key"))
@@ -199,6 +201,24 @@ def _add_blend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the base model: needed for adapters with biases or saved modules of their own")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_blend)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the base model with a weighted sum of adapters folded into its weights, as a directory that "
+        "transformers loads. Works tensor by tensor: the model need not fit into memory."
+    )
+    parser.add_argument("members", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory and its weight (1)")
+    parser.add_argument("--model", required=True, help="the base model: a directory or a Hub id")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the merged model")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto keeps the base's own (default: auto)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
+    parser.add_argument(
+        "--base-alias", action="append", default=[], metavar="ID", help="another name of the base; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_merge)
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
@@ -331,6 +351,26 @@ def _blend(args: argparse.Namespace) -> int:
 
     members = [blend.WeightedDirectory.parse(text) for text in args.members]
     return blend.run(members, output=args.output, model=args.model, as_json=args.json)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    try:
+        shard_bytes = BYTES.parse(args.shard_size)
+    except ValueError:
+        raise UsageError(f"--shard-size is {args.shard_size!r}; expected {BYTES.expected}") from None
+    from service.commands import merge
+    from service.commands.blend import WeightedDirectory
+
+    options = merge.MergeOptions(
+        model=args.model,
+        members=tuple(WeightedDirectory.parse(text) for text in args.members),
+        output=args.output,
+        dtype=args.dtype,
+        shard_bytes=shard_bytes,
+        base_aliases=tuple(args.base_alias),
+        as_json=args.json,
+    )
+    return merge.run(options)
 
 
 def _key(args: argparse.Namespace) -> int:

@@ -26,8 +26,7 @@ class BaseSkeleton:
 
 def read_base(model: str) -> BaseSkeleton:
     """Reads the config of a base model. Raises CommandError."""
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise CommandError(f"there is no directory {model}; give the base model's directory or its Hub id")
+    check_model(model)
     with working(f"Reading the config of {model}"):
         from service.engine.base_model import BaseModelError, identify, skeleton  # transformers: seconds to import
 
@@ -35,3 +34,9 @@ def read_base(model: str) -> BaseSkeleton:
             return BaseSkeleton(skeleton(model), identify(model, None, ()))
         except BaseModelError as error:
             raise CommandError(str(error)) from error
+
+
+def check_model(model: str) -> None:
+    """Raises CommandError for what can be neither a directory nor a Hub id."""
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise CommandError(f"there is no directory {model}; give the base model's directory or its Hub id")

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
+from adapters.merged_model import Architecture
 from adapters.targets import BaseModules
 from service.engine.tokenizer import TextTokenizer
 
@@ -139,10 +140,21 @@ def modules_of(model: Any, config: Any) -> BaseModules:
 
 def skeleton(model: str) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
+    return modules_of(*_without_weights(model))
+
+
+def architecture(model: str) -> Architecture:
+    """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
+    empty, config = _without_weights(model)
+    return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix)
+
+
+def _without_weights(model: str) -> tuple[Any, Any]:
+    """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return modules_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False), config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), config
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
 

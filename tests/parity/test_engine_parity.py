@@ -74,9 +74,9 @@ class Bench:
     digests: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def engine(self, **options: Any) -> Iterator[BatchEngine]:
+    def engine(self, dtype: str = "auto", **options: Any) -> Iterator[BatchEngine]:
         with ExitStack() as opened:
-            base = load_base(str(self.folder / "base"), device="cpu")
+            base = load_base(str(self.folder / "base"), dtype=dtype, device="cpu")
             store = AdapterStore(self.folder / f"data-{len(list(self.folder.iterdir()))}")
             opened.callback(store.close)
             registry = AdapterRegistry(

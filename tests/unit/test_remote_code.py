@@ -28,7 +28,11 @@ def calls() -> Iterator[tuple[Path, ast.Call, str]]:
 
 
 def test_every_loader_of_transformers_is_told_to_run_no_code() -> None:
-    loaders = [(source, call) for source, call, name in calls() if name.rpartition(".")[2] in LOADERS]
+    loaders = [
+        (source, call)
+        for source, call, name in calls()
+        if name.rpartition(".")[2] in LOADERS and not name.startswith("PeftModel.")  # which loads adapters, no code
+    ]
     assert len(loaders) >= 4
     for source, call in loaders:
         given = {keyword.arg: keyword.value for keyword in call.keywords}

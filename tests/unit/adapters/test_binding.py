@@ -36,7 +36,7 @@ def model() -> AdaptedModel:
 def bind(path: Path, model: AdaptedModel) -> None:
     checkpoint = read_checkpoint(path)
     check_layout(checkpoint.layout, model)
-    return replaced_parameters(checkpoint.extras, model)
+    return replaced_parameters(checkpoint.extras, model.tensor)
 
 
 def rename(source: Path, path: Path, old: str, new: str, **config: object) -> Path:

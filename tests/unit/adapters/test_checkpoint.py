@@ -416,7 +416,7 @@ class TestRecordedFixtures:
         checkpoint = read_checkpoint(fixture.adapter)
         model = AdaptedModel(base, base_modules(base))
         check_layout(checkpoint.layout, model)
-        replaced = replaced_parameters(checkpoint.extras, model)
+        replaced = replaced_parameters(checkpoint.extras, model.tensor)
         assert bool(replaced) == (fixture.path.name in TRAIN_MORE and fixture.name not in WITHOUT_THEIR_BIASES)
         whole = dataclasses.replace(factors(fixture.adapter), replaced=replaced)
         ours = token_logits(model, [fixture.expected["prompt"]], alone(whole))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapters import export
+from adapters import staging
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.config import VBLoRAConfig
 from adapters.export import write_adapter
@@ -170,7 +170,7 @@ class TestPublication:
         def full_disk(*_: object) -> None:
             raise OSError("no space")
 
-        monkeypatch.setattr(export, "_publish", full_disk)
+        monkeypatch.setattr(staging, "_fsync", full_disk)
         with pytest.raises(OSError, match="no space"):
             write_adapter(self.CHECKPOINT, tmp_path / "adapter")
         assert list(tmp_path.iterdir()) == []
