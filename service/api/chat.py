@@ -12,8 +12,8 @@ from service.api.chat_files import chat_template_of
 from service.api.deps import ServerState
 from service.api.errors import ApiError
 from service.api.schemas.chat import Message, Tool
+from service.engine.chat_template import ChatTemplateError
 from service.engine.selection import Selection
-from service.engine.tokenizer import ChatTemplateError
 
 _TEMPLATES_KEPT = 256
 

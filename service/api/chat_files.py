@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateSyntaxError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adapters.errors import BadConfig
 from service.api.adapter_files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from service.engine.template_sandbox import MAX_TEMPLATE_CHARACTERS, GenerationTag
 
 _DEFAULT = "default"
 
@@ -41,25 +41,20 @@ def check_chat_files(directory: Path) -> None:
         _check_template(_text(directory / CHAT_TEMPLATE_FILE), CHAT_TEMPLATE_FILE)
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}`, with which transformers marks the assistant's words for training."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 # As transformers renders chat templates.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
 )
 
 
 def _check_template(template: str | None, file: str) -> None:
     if template is None:
         return
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise BadConfig(
+            f"the chat template in {file} has {len(template):,} characters, and may have {MAX_TEMPLATE_CHARACTERS:,}",
+            subject=file,
+        )
     try:
         _ENVIRONMENT.parse(template)
     except TemplateSyntaxError as error:

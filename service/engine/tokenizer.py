@@ -7,12 +7,9 @@ from typing import Any
 
 import jinja2
 
+from service.engine.chat_template import ChatTemplateError, render_bounded
 from service.engine.detokenizer import REPLACEMENT
 from service.engine.token_bytes import TokenBytes
-
-
-class ChatTemplateError(ValueError):
-    """A chat template cannot be rendered for these messages; the message says what it says."""
 
 
 class TextTokenizer:
@@ -56,14 +53,22 @@ class TextTokenizer:
     ) -> str:
         """The conversation as text, through `template` or the tokenizer's own. Raises ChatTemplateError.
 
-        Templates run in Jinja's immutable sandbox (transformers).
+        Templates run in Jinja's immutable sandbox; `template`, which comes with an adapter, within limits besides.
         """
+        if template is not None:
+            return render_bounded(
+                template,
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables={**self._tokenizer.special_tokens_map, **variables},
+            )
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     list(messages),
                     tools=None if tools is None else list(tools),
-                    chat_template=template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     tokenize=False,

@@ -197,6 +197,8 @@ def test_no_template_at_all_is_said(server: Server) -> None:
     ("template", "reason"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}", "2,000,000 steps"),
+        ("{{ 9 ** (9 ** 9) }}", "16,384 bits"),
         ("{{ messages[7].content.x }}", "no element 7"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),

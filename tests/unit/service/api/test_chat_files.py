@@ -10,6 +10,7 @@ import pytest
 
 from adapters.errors import BadConfig
 from service.api.chat_files import chat_template_of, check_chat_files
+from service.engine.template_sandbox import MAX_TEMPLATE_CHARACTERS
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -74,8 +75,14 @@ def test_a_template_that_is_no_jinja_names_the_line(tmp_path: Path, file: str) -
 
 
 def test_a_template_nested_too_deeply(tmp_path: Path) -> None:
-    (tmp_path / TEMPLATE).write_text("{{ " + "(" * 100_000 + " }}")
+    (tmp_path / TEMPLATE).write_text("{{ " + "(" * 50_000 + " }}")
     with pytest.raises(BadConfig, match="nested too deeply"):
+        check_chat_files(tmp_path)
+
+
+def test_a_template_that_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / TEMPLATE).write_text("x" * (MAX_TEMPLATE_CHARACTERS + 1))
+    with pytest.raises(BadConfig, match="65,537 characters"):
         check_chat_files(tmp_path)
 
 
