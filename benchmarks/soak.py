@@ -53,7 +53,7 @@ class SoakSizes:
     least_rounds: int = 4
 
 
-QUICK = SoakSizes(minutes=0.0, adapters=3, versions=2, batch=2, queue=4, round_requests=12, at_once=4, overload=3)
+QUICK = SoakSizes(minutes=0.0, adapters=3, versions=2, batch=2, queue=9, round_requests=12, at_once=4, overload=3)
 
 
 @dataclass(slots=True)

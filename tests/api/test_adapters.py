@@ -37,7 +37,7 @@ def test_one_adapter_is_shown_with_everything(server: Server) -> None:
     server.upload("sql")
     shown = server.client.get("/v1/adapters/sql").json()
     listed = server.client.get("/v1/adapters").json()["data"][0]
-    own = {"config", "versions", "target_modules"}
+    own = {"config", "versions", "target_modules", "blend"}
     assert {key: shown[key] for key in shown if key not in own} == {
         key: listed[key] for key in listed if key not in own
     }

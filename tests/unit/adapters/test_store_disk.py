@@ -356,7 +356,7 @@ class TestOpening:
             "UPDATE adapters SET digest = 'sha256:00'",
             "DELETE FROM versions",
             "DELETE FROM adapters",
-            "INSERT INTO activations VALUES ('', 'ghost', 'switch')",
+            "INSERT INTO activations VALUES ('', '', 'ghost', 'switch')",
         ],
     )
     def test_rows_that_name_others_that_are_lost(self, store: AdapterStore, data_dir: Path, statement: str) -> None:
