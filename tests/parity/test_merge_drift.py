@@ -28,7 +28,7 @@ PARAMS = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True, logp
 def ask(engine: BatchEngine, selection: Selection) -> list[Event]:
     """The log-probabilities and tokens of one request, in order; it ran as its selection says."""
     events: queue.Queue[Event] = queue.Queue()
-    engine.submit(GenerationRequest("r", PROMPT, PARAMS, selection), events.put)
+    engine.submit([GenerationRequest("r", PROMPT, PARAMS, selection)], events.put)
     told = []
     while not isinstance(event := events.get(timeout=60), FinishedEvent):
         told.append(event)
