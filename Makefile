@@ -36,7 +36,7 @@ test: $(STAMP)  ## everything but image builds and long soaks
 	$(BIN)/python -m pytest -m 'not heavy'
 
 test-all: $(STAMP)  ## what make test leaves out: image builds and long soaks
-	$(BIN)/python -m pytest -m heavy
+	$(BIN)/python -m pytest -m heavy --timeout 1800
 
 format: $(STAMP)  ## put the code in its format
 	$(BIN)/ruff check --fix .

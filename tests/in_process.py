@@ -18,6 +18,7 @@ from service.engine.model_runner import ModelRunner
 from service.settings import Settings
 
 STARTUP_S = 60
+SHUTDOWN_S = 5  # a failed test may leave a connection that nobody reads from
 
 
 class InProcessServer:
@@ -41,7 +42,9 @@ class InProcessServer:
             assert isinstance(server.engine, BatchEngine)
             self.engine: BatchEngine = server.engine
             self.registry: AdapterRegistry = server.state.registry
-            config = uvicorn.Config(create_app(server.state), log_config=None, access_log=False)
+            config = uvicorn.Config(
+                create_app(server.state), log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S
+            )
             web = DrainingServer(config, server.engine, self._settings.drain_timeout_s, self._listens.set)
             thread = threading.Thread(target=web.run, args=([listener],), name="test-server")
             thread.start()
