@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from adapters.checkpoint import LARGEST_IN_BANK, TopKCheckpoint, index_dtype, lower_to_sum_of_one
+from adapters.checkpoint import TopKCheckpoint, index_dtype, lower_to_sum_of_one
 from adapters.config import VBLoRAConfig
 from adapters.errors import InvalidSelection, ShapeMismatch
 from adapters.layout import MODULE_PREFIX, AdapterLayout, extra_owner
@@ -23,6 +23,7 @@ from adapters.parameters import Storage
 from adapters.replacements import blended
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import LayerShape
+from adapters.tensor_file import LARGEST_IN_FACTORS
 from adapters.vector_bank import VectorBank
 
 Member = tuple[TopKCheckpoint, float]
@@ -49,7 +50,7 @@ def blend(members: Sequence[Member], base: Mapping[str, Tensor] | None = None) -
     sources, rows = _bank_rows(members, length)
     indices, weights = _stacked_positions(sources, layers, length, topk, nothing=len(rows) - 1)
     bank, indices, weights = _shared(rows, indices, weights)
-    if float(bank.abs().max()) > LARGEST_IN_BANK:
+    if float(bank.abs().max()) > LARGEST_IN_FACTORS:
         raise InvalidSelection("the weights are too large for these adapters: their banks overflow", subject="adapters")
     extras = _extras(members, layers, base)
     config = _config(members, layers, bank, topk)

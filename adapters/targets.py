@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import regex
 from torch import nn
 
-from adapters.config import VBLoRAConfig
-from adapters.errors import BadConfig, MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
+from adapters.config import AdapterConfig
+from adapters.errors import MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
+from adapters.name_patterns import REGEX_TIMEOUT_S, Allowance, Pattern
 
-# A hostile pattern may backtrack for ever, or a little on each of thousands of names; an honest one matches a name in
-# microseconds. So all patterns of one matcher share this much processor time.
-REGEX_TIMEOUT_S = 0.5
-LONGEST_REGEX = 10_000  # compiling takes time too
 _MOST_NAMES_SHOWN = 6
 
 # What PEFT adapts when target_modules is null (TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING, PEFT 0.21.2).
@@ -110,7 +104,7 @@ class BaseModules:
                 output_name = name
         return cls(model_type, kinds, layers, output_name, frozenset(names))
 
-    def selected_by(self, config: VBLoRAConfig) -> list[LayerShape]:
+    def selected_by(self, config: AdapterConfig) -> list[LayerShape]:
         """The layers that PEFT would adapt under `config`.
 
         Raises NoTargetMatched when there is none, when a matched module is neither Linear nor Conv1D, or when
@@ -125,7 +119,7 @@ class BaseModules:
         for name in chosen:
             if name not in self.layers:
                 raise NoTargetMatched(
-                    f"target_modules selects {name!r}, a {self.kinds[name]}; VB-LoRA adapts Linear and Conv1D layers",
+                    f"target_modules selects {name!r}, a {self.kinds[name]}; adapters adapt Linear and Conv1D layers",
                     subject=name,
                 )
         if not chosen:
@@ -140,7 +134,7 @@ class BaseModules:
             subject="target_modules",
         )
 
-    def _targets(self, config: VBLoRAConfig) -> tuple[str, ...] | str:
+    def _targets(self, config: AdapterConfig) -> tuple[str, ...] | str:
         if config.target_modules is not None:
             return config.target_modules
         if self.model_type not in DEFAULT_TARGETS:
@@ -158,20 +152,20 @@ class TargetMatcher:
     counts only for suffix matches; a module in `modules_to_save` is never a target.
     """
 
-    def __init__(self, config: VBLoRAConfig, targets: tuple[str, ...] | str) -> None:
-        allowance = _Allowance(REGEX_TIMEOUT_S)
-        self._regex = _Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
+    def __init__(self, config: AdapterConfig, targets: tuple[str, ...] | str) -> None:
+        allowance = Allowance(REGEX_TIMEOUT_S)
+        self._regex = Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
         self._names = frozenset() if isinstance(targets, str) else frozenset(targets)
         exclude = config.exclude_modules or ()
-        self._excluded_regex = _Pattern(exclude, "exclude_modules", allowance) if isinstance(exclude, str) else None
+        self._excluded_regex = Pattern(exclude, "exclude_modules", allowance) if isinstance(exclude, str) else None
         self._excluded_names = frozenset(exclude) if isinstance(exclude, tuple) else frozenset()
         self._saved = [
-            _Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save", allowance) for name in config.modules_to_save
+            Pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save", allowance) for name in config.modules_to_save
         ]
         self._layer_numbers = [
-            _Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", allowance)
+            Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern", allowance)
             for pattern in config.layers_pattern
-        ] or [_Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", allowance)]
+        ] or [Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", allowance)]
         self._wanted_layers = frozenset(map(str, config.layers_to_transform or ()))
 
     def matches(self, name: str) -> bool:
@@ -200,62 +194,7 @@ class TargetMatcher:
         return False
 
 
-class _Allowance:
-    """Processor time that is spent bit by bit."""
-
-    def __init__(self, seconds: float) -> None:
-        self._left = seconds
-
-    @contextmanager
-    def spending(self) -> Iterator[float]:
-        """Charges what the block takes; gives the seconds that are left. Raises TimeoutError when none are."""
-        if self._left <= 0:
-            raise TimeoutError
-        started = time.thread_time()
-        try:
-            yield self._left
-        finally:
-            self._left -= time.thread_time() - started
-
-
-class _Pattern:
-    """A stranger's regular expression, matched in bounded time."""
-
-    def __init__(self, pattern: str, field_name: str, allowance: _Allowance) -> None:
-        self._field = field_name
-        self._allowance = allowance
-        if len(pattern) > LONGEST_REGEX:
-            raise BadConfig(
-                f"{field_name}: a regular expression of {len(pattern):,} characters is too long; list the module names "
-                "instead",
-                subject=field_name,
-            )
-        try:
-            self._compiled = regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise BadConfig(
-                f"{field_name}: {pattern!r} is not a valid regular expression: {error}", subject=field_name
-            ) from error
-
-    def match(self, name: str) -> regex.Match[str] | None:
-        """Matches the beginning of a name."""
-        return self._timed(self._compiled.match, name)
-
-    def fullmatch(self, name: str) -> regex.Match[str] | None:
-        return self._timed(self._compiled.fullmatch, name)
-
-    def _timed(self, match: Callable[..., regex.Match[str] | None], name: str) -> regex.Match[str] | None:
-        try:
-            with self._allowance.spending() as seconds:
-                return match(name, timeout=seconds)
-        except TimeoutError as error:
-            raise BadConfig(
-                f"{self._field}: the regular expression takes too long to match; list the module names instead",
-                subject=self._field,
-            ) from error
-
-
-def check_targets(config: VBLoRAConfig, modules: Sequence[str]) -> None:
+def check_targets(config: AdapterConfig, modules: Sequence[str]) -> None:
     """Every module that a checkpoint holds is one its config names. Raises UnexpectedTensor.
 
     Null and `all-linear` name nothing to check against.
@@ -266,29 +205,29 @@ def check_targets(config: VBLoRAConfig, modules: Sequence[str]) -> None:
     for name in modules:
         if not matcher.matches(name):
             raise UnexpectedTensor(
-                f"the file holds VB-LoRA tensors for {name!r}, which the config's target_modules "
+                f"the file holds tensors for {name!r}, which the config's target_modules "
                 f"({_shown(config.target_modules)}) does not select",
                 subject=name,
             )
 
 
-def check_binding(config: VBLoRAConfig, modules: Sequence[LayerShape], base: BaseModules) -> None:
+def check_binding(config: AdapterConfig, modules: Sequence[LayerShape], base: BaseModules) -> None:
     """The checkpoint's modules are exactly those of `base` that its config selects, and their shapes agree.
 
     Raises NoTargetMatched (no module of the file is in the base, or one is of a type that cannot be adapted),
-    UnexpectedTensor (the base lacks a module), ShapeMismatch (features differ, or vector_length does not divide them)
+    UnexpectedTensor (the base lacks a module), ShapeMismatch (features differ, or tiles do not divide them)
     or MissingTensor (a selected module of the base is not in the file).
     """
     names = [module.name for module in modules]
     if not any(name in base.kinds for name in names):
         raise base.nothing_matched(names)
     for module in modules:
-        _check_module(module, base, config.vector_length)
+        _check_module(module, base, config.tile)
     if config.target_modules is not None and not config.targets_all_linear:
         _check_none_missing(config, frozenset(names), base)
 
 
-def _check_module(module: LayerShape, base: BaseModules, vector_length: int) -> None:
+def _check_module(module: LayerShape, base: BaseModules, tile: int) -> None:
     name = module.name
     if name not in base.kinds:
         raise UnexpectedTensor(
@@ -297,11 +236,11 @@ def _check_module(module: LayerShape, base: BaseModules, vector_length: int) -> 
         )
     if name not in base.layers:
         raise NoTargetMatched(
-            f"the adapter adapts {name!r}, a {base.kinds[name]} in the base; VB-LoRA adapts Linear and Conv1D layers",
+            f"the adapter adapts {name!r}, a {base.kinds[name]} in the base; adapters adapt Linear and Conv1D layers",
             subject=name,
         )
     layer = base.layers[name]
-    check_tiling(layer, vector_length)
+    check_tiling(layer, tile)
     if module != layer:
         raise ShapeMismatch(
             f"the adapter's {name!r} is {module.in_features}→{module.out_features} but the base model's is "
@@ -320,7 +259,7 @@ def check_tiling(layer: LayerShape, vector_length: int) -> None:
             )
 
 
-def _check_none_missing(config: VBLoRAConfig, names: frozenset[str], base: BaseModules) -> None:
+def _check_none_missing(config: AdapterConfig, names: frozenset[str], base: BaseModules) -> None:
     absent = [layer.name for layer in base.selected_by(config) if layer.name not in names]
     if absent:
         raise MissingTensor(

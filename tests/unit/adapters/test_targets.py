@@ -21,10 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.config import VBLoRAConfig
 from adapters.errors import AdapterError, BadConfig, NoTargetMatched, UnexpectedTensor
+from adapters.name_patterns import LONGEST_REGEX, REGEX_TIMEOUT_S
 from adapters.targets import (
     DEFAULT_TARGETS,
-    LONGEST_REGEX,
-    REGEX_TIMEOUT_S,
     BaseModules,
     LayerShape,
     TargetMatcher,
