@@ -8,7 +8,7 @@ every tile is again a mixture of bank vectors. Nothing is densified, and what se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -27,17 +27,18 @@ from adapters.tensor_file import LARGEST_IN_FACTORS
 from adapters.vector_bank import VectorBank
 
 Member = tuple[TopKCheckpoint, float]
+BaseTensor = Callable[[str], Tensor | None]
 
 _UNUSED = -1  # an index that nothing hangs on: its weight is 0
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def blend(members: Sequence[Member], base: Mapping[str, Tensor] | None = None) -> TopKCheckpoint:
+def blend(members: Sequence[Member], base: BaseTensor | None = None) -> TopKCheckpoint:
     """`Σ weight · delta` of the members, as a compact checkpoint in float32 that PEFT loads.
 
-    Ranks, bank sizes, vector lengths, topk, target modules and dtypes may differ. `base` holds the base model's
-    parameters by name: needed where members bring trained biases or saved modules, which become
-    `W0 + Σ weight · (W − W0)`.
+    Ranks, bank sizes, vector lengths, topk, target modules and dtypes may differ. `base` gives the base model's
+    parameters by name (as AdaptedModel.tensor does): needed where members bring trained biases or saved modules,
+    which become `W0 + Σ weight · (W − W0)`.
 
     Raises InvalidSelection for no members, for a weight that is not finite, and for extras that cannot be blended;
     ShapeMismatch when the members are of different base models.
@@ -182,9 +183,7 @@ def _filled(indices: Tensor, num_vectors: int) -> Tensor:
     return indices.where(~unused, free.gather(-1, nth.clamp_min(0)))
 
 
-def _extras(
-    members: Sequence[Member], layers: Sequence[LayerShape], base: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _extras(members: Sequence[Member], layers: Sequence[LayerShape], base: BaseTensor | None) -> dict[str, Tensor]:
     """Trained biases and saved modules: weighted differences from the base's, under the keys that PEFT reads."""
     adapted = {layer.name for layer in layers}
     parts: dict[str, list[tuple[Tensor, float]]] = {}
@@ -206,15 +205,16 @@ def _extras(
     return extras
 
 
-def _blended_extra(name: str, parts: Sequence[tuple[Tensor, float]], base: Mapping[str, Tensor] | None) -> Tensor:
+def _blended_extra(name: str, parts: Sequence[tuple[Tensor, float]], base: BaseTensor | None) -> Tensor:
     if len(parts) == 1 and parts[0][1] == 1.0:
         return parts[0][0]
-    if base is None or name not in base:
+    own = None if base is None else base(name)
+    if own is None:
         raise InvalidSelection(
             f"the adapters bring their own {name}, which is blended with the base model's: name the base model",
             subject="adapters",
         )
-    own = base[name].detach().cpu().float()
+    own = own.detach().cpu().float()
     if any(part.shape != own.shape for part, _ in parts):
         raise ShapeMismatch(f"{name} has another shape in an adapter than in the base model", subject=name)
     return blended(own, parts).contiguous()

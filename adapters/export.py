@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,8 +15,10 @@ from adapters.config import CONFIG_FILE
 from adapters.safetensors_header import WEIGHTS_FILE
 
 
-def write_adapter(checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path) -> None:
-    """Writes a PEFT adapter directory that PEFT and this project load.
+def write_adapter(
+    checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a PEFT adapter directory that PEFT and this project load. `metadata` goes into the weights' header.
 
     The directory appears whole or not at all. Raises FileExistsError if it exists and is not empty.
     """
@@ -24,13 +27,20 @@ def write_adapter(checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
-        save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
-        (staged / CONFIG_FILE).write_text(checkpoint.config.to_json(), encoding="utf-8")
+        write_files(checkpoint, staged, metadata)
         _publish(staged, directory)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def write_files(
+    checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """The files of a PEFT adapter directory, written into one that is there, as they come."""
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})
+    (directory / CONFIG_FILE).write_text(checkpoint.config.to_json(), encoding="utf-8")
 
 
 def _publish(staged: Path, directory: Path) -> None:

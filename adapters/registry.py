@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_layout, replaced_parameters
+from adapters.blend import blend
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.errors import (
     AdapterError,
@@ -134,9 +135,18 @@ class AdapterRegistry:
         return failures
 
     def register(
-        self, tenant: str, name: str, staged: Path, *, replace: bool = False, allow_base_mismatch: bool = False
+        self,
+        tenant: str,
+        name: str,
+        staged: Path,
+        *,
+        replace: bool = False,
+        allow_base_mismatch: bool = False,
+        provenance: Mapping[str, Any] | None = None,
     ) -> AdapterRecord:
         """Takes a staged adapter directory in: reads it strictly, binds it to the base, publishes it under `name`.
+
+        `provenance` is kept in the record's info: what is known of where the adapter comes from.
 
         Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
         """
@@ -145,7 +155,7 @@ class AdapterRegistry:
         compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
         self._check_size(compact)
         earlier = self._digests(tenant, name)
-        info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch}
+        info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
         record = self._store.publish(tenant, name, staged, info, replace=replace)
         with self._changed:
             if self._store.digest_in_use(record.digest):  # else deleted meanwhile
@@ -153,6 +163,23 @@ class AdapterRegistry:
                 live.compact, live.failure = compact, None
         self.forget_deleted(earlier)  # publishing prunes the oldest versions
         return record
+
+    def compact(self, digest: str) -> TopKCheckpoint:
+        """One version as it is stored, compact. Reads files if need be: keep it off event loops.
+
+        Raises AdapterNotFound, AdapterUnavailable or CheckpointError.
+        """
+        with self._changed:
+            live = self._live.get(digest)
+            if live is not None and live.failure is not None:
+                raise AdapterUnavailable(f"the adapter cannot be served: {live.failure.message}", subject=digest)
+            if live is not None and live.compact is not None:
+                return live.compact
+        return self._read(digest)
+
+    def blend(self, members: Sequence[tuple[str, float]]) -> TopKCheckpoint:
+        """The weighted sum of versions, by digest, as a new compact adapter. Raises what `compact` and `blend` do."""
+        return blend([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="validate an adapter and print its parameter count"))
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
     _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
+    _add_blend(commands.add_parser("blend", help="make one adapter of a weighted sum of several"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))
     _add_key(commands.add_parser("key", help="make an API key"))
     commands.add_parser("settings-doc").set_defaults(run=_settings_doc)
@@ -168,6 +169,15 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="PATH", help="a file whose first line is the API key")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_push)
+
+
+def _add_blend(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a weighted sum of adapters as one compact adapter, exactly, which PEFT loads."
+    parser.add_argument("members", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory and its weight (1)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
+    parser.add_argument("--model", help="the base model: needed for adapters with biases or saved modules of their own")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_blend)
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +275,13 @@ def _push(args: argparse.Namespace) -> int:
         as_json=args.json,
     )
     return push.run(options)
+
+
+def _blend(args: argparse.Namespace) -> int:
+    from service.commands import blend
+
+    members = [blend.WeightedDirectory.parse(text) for text in args.members]
+    return blend.run(members, output=args.output, model=args.model, as_json=args.json)
 
 
 def _key(args: argparse.Namespace) -> int:

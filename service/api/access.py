@@ -24,7 +24,7 @@ class Access(Enum):
 _PUBLIC = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
 _PUBLIC_PREFIXES = ("/docs/", "/static/")
 _GENERATING = frozenset({"/v1/generate", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
-_CHANGING = frozenset({"/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+_CHANGING = frozenset({"/v1/adapters", "/v1/blends", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 _CHANGING_PREFIX = "/v1/adapters/"
 _LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
 

@@ -35,7 +35,7 @@ def show_detail(state: ServerState, tenant: str, name: str) -> AdapterDetail:
     fields = show(state, tenant, record).model_dump()
     fields["target_modules"] = record.info["target_modules"]
     versions = [_show_version(state, record, version) for version in record.versions]
-    return AdapterDetail(**fields, config=record.info["config"], versions=versions)
+    return AdapterDetail(**fields, config=record.info["config"], blend=record.info.get("blend"), versions=versions)
 
 
 def own(state: ServerState, tenant: str, name: str) -> AdapterRecord:

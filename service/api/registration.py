@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRegistry
@@ -22,13 +24,23 @@ def register(
     replace: bool = False,
     allow_base_mismatch: bool = False,
     source: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> AdapterRecord:
     """Checks the staged files and publishes them. `source` is where they were fetched from, for the log.
+
+    `provenance` is kept with the record.
 
     Raises what AdapterRegistry.register does, and BadConfig for files of the chat that cannot be used.
     """
     check_chat_files(staged)
-    record = registry.register(tenant, name, staged, replace=replace, allow_base_mismatch=allow_base_mismatch)
+    record = registry.register(
+        tenant,
+        name,
+        staged,
+        replace=replace,
+        allow_base_mismatch=allow_base_mismatch,
+        provenance=provenance,
+    )
     if source is not None:
         log.info("registered an adapter", extra={"adapter": name, "digest": record.digest, "source": source})
     return record

@@ -101,8 +101,15 @@ class VersionView(ResponseModel):
     state: AdapterState
 
 
+class BlendedPart(ResponseModel):
+    name: str
+    digest: str
+    weight: float
+
+
 class AdapterDetail(AdapterView):
     config: dict[str, Any]
+    blend: list[BlendedPart] | None = Field(description="What it is the weighted sum of, if it was blended here")
     versions: list[VersionView] = Field(description="Newest first")
 
 

@@ -204,7 +204,7 @@ def test_trained_biases_and_saved_modules_are_blended_with_the_bases(tmp_path: P
     with pytest.raises(InvalidSelection, match="name the base model"):
         blend(members)
     base = dict(model.named_parameters())
-    blended = blend(members, base)
+    blended = blend(members, base.get)
     assert blended.config.bias == "all"
     assert blended.config.modules_to_save == ("lm_head",)
     own = members[1][0].extras["base_model.model.lm_head.weight"]
@@ -230,4 +230,4 @@ def test_saved_by_one_and_adapted_by_another_is_refused(tmp_path: Path) -> None:
     saved = compact(make_adapter(MODEL, AdapterSpec(modules_to_save=["lm_head"]), tmp_path / "saved"))
     target = compact(make_adapter(MODEL, AdapterSpec(target_modules=["lm_head"], seed=2), tmp_path / "target"))
     with pytest.raises(InvalidSelection, match="blend them per request"):
-        blend([(saved, 1.0), (target, 1.0)], dict(MODEL.named_parameters()))
+        blend([(saved, 1.0), (target, 1.0)], dict(MODEL.named_parameters()).get)

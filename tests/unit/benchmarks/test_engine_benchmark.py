@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engine, residency
+from benchmarks import blend, engine, residency
 from benchmarks.report import Target
 
 MACHINE = {"cpu", "cores", "load", "gpu", "torch_threads", "torch", "transformers", "peft", "vblora_serve"}
@@ -38,6 +38,15 @@ def test_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert fairness["still_waiting"] >= 0
     assert fold.keys() == {"rows_1", "rows_4"}
     assert fold["rows_4"]["fold_ms"] > 0
+
+
+def test_blend(capsys: pytest.CaptureFixture[str]) -> None:
+    report = last_line(blend.main, capsys)
+    for count in (2, 4):
+        ways = report[f"adapters_{count}"]
+        assert all(way["ms"] > 0 for way in ways.values())
+        assert max(ways["per_request"]["relative_error"], ways["stored"]["relative_error"]) < 1e-5
+        assert ways["weighted_factors"]["relative_error"] > 0.1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

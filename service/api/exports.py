@@ -1,0 +1,70 @@
+"""An adapter as a tar archive of a PEFT directory, in the storage that is asked for."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.export import write_files
+from adapters.parameters import Storage
+from adapters.store import AdapterRecord
+from service.api.adapter_files import ADAPTER_FILES, OPTIONAL_FILES
+from service.api.deps import ServerState
+
+ExportFormat = Literal["topk", "logits"]
+
+_CHUNK = 1 << 20
+
+
+def pack(state: ServerState, record: AdapterRecord, format: ExportFormat) -> IO[bytes]:
+    """The archive, as an open file that is deleted with its last reader. Reads and writes the disk.
+
+    An adapter in the storage it has is packed as it was uploaded, to the byte. Raises AdapterNotFound when it has been
+    deleted meanwhile.
+    """
+    stored = state.store.path(record.digest)
+    with state.store.staging() as staged:
+        directory = stored
+        if record.info["parameters"]["storage"] != format:
+            directory = staged / "converted"
+            directory.mkdir()
+            write_files(_converted(state, record, format), directory)
+        path = staged / "archive"
+        with tarfile.open(path, "x") as archive:
+            for name in ADAPTER_FILES:
+                source = (stored if name in OPTIONAL_FILES else directory) / name
+                if source.is_file():
+                    _add(archive, f"{record.name}/{name}", source, record.created_at)
+        return open(path, "rb")  # still readable when the staging directory is gone
+
+
+def stream(file: IO[bytes]) -> Iterator[bytes]:
+    """The file's content, a piece at a time; closes it."""
+    with file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def size_of(file: IO[bytes]) -> int:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def _converted(state: ServerState, record: AdapterRecord, format: ExportFormat) -> TopKCheckpoint | LogitsCheckpoint:
+    if Storage(format) is Storage.TOPK:
+        return state.registry.compact(record.digest)
+    checkpoint = read_checkpoint(state.store.path(record.digest))
+    return checkpoint.to_logits() if isinstance(checkpoint, TopKCheckpoint) else checkpoint
+
+
+def _add(archive: tarfile.TarFile, name: str, source: Path, modified: float) -> None:
+    """One plain file, owned by nobody in particular: the same adapter is the same archive."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = source.stat().st_size, int(modified), 0o644
+    with open(source, "rb") as file:
+        archive.addfile(info, file)

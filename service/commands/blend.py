@@ -1,0 +1,77 @@
+"""`vblora-serve blend A:0.7 B:0.3 --output DIR`: a weighted sum of adapters as one compact adapter that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.blend import BaseTensor, blend
+from adapters.checkpoint import TopKCheckpoint, read_checkpoint
+from adapters.export import write_adapter
+from adapters.store import digest_of_files
+from service.api.adapter_files import ADAPTER_FILES
+from service.commands import CommandError
+from service.commands.output import say, show_json, working
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedDirectory:
+    """An adapter directory and its weight, written `DIR:0.7`; without a number the weight is 1."""
+
+    directory: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> WeightedDirectory:
+        directory, colon, weight = text.rpartition(":")
+        try:
+            return cls(Path(directory), float(weight)) if colon and directory else cls(Path(text))
+        except ValueError:
+            return cls(Path(text))
+
+
+def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None, as_json: bool) -> int:
+    """Writes the blend of the members to `output`. Raises AdapterError, FileExistsError or BaseModelError."""
+    read = []
+    for member in members:
+        with working(f"Reading {member.directory}"):
+            read.append((_compact(member.directory), member.weight))
+    needs_base = any(checkpoint.extras for checkpoint, _ in read) and model is not None
+    with working("Blending"):
+        blended = blend(read, _base(model) if needs_base and model is not None else None)
+    parts = [
+        {"name": member.directory.resolve().name, "digest": _digest(member.directory), "weight": member.weight}
+        for member in members
+    ]
+    with working(f"Writing {output}"):
+        write_adapter(blended, output, {"blend": json.dumps(parts)})
+    count = blended.layout.parameters()
+    if as_json:
+        show_json({"output": str(output), "blend": parts, "parameters": count.to_dict()})
+        return 0
+    say(f"Wrote {output}: rank {count.r}, {count.num_vectors} vectors of {count.vector_length}, topk {count.topk}")
+    say(count.summary)
+    return 0
+
+
+def _compact(directory: Path) -> TopKCheckpoint:
+    if not directory.is_dir():
+        raise CommandError(
+            f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
+        )
+    checkpoint = read_checkpoint(directory)
+    return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+
+
+def _digest(directory: Path) -> str:
+    """The digest that a server gives these files."""
+    return digest_of_files({name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()})
+
+
+def _base(model: str) -> BaseTensor:
+    from service.engine.base_model import load_base  # transformers, which is slow to import
+
+    with working(f"Loading {model}"):
+        return load_base(model, dtype="float32", device="cpu").adapted.tensor
