@@ -15,10 +15,14 @@ from adapters.targets import LayerShape
 
 
 class Storage(StrEnum):
-    """How a checkpoint stores its selections: the k best vectors of each position, or a logit for every vector."""
+    """How a checkpoint stores its adapter.
+
+    VB-LoRA's selections as the k best vectors of each position or a logit for every vector; plain LoRA's factors.
+    """
 
     TOPK = "topk"
     LOGITS = "logits"
+    LORA = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class LoRAParameterCount:
     other_params: int
     r: int
 
-    storage: ClassVar[str] = "lora"
+    storage: ClassVar[Storage] = Storage.LORA
 
     @property
     def total_params(self) -> int:

@@ -149,7 +149,9 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write an adapter compact (for serving), or with full logits, as a directory that PEFT loads."
     parser.add_argument("directory", type=Path, metavar="DIR", help="a PEFT adapter directory")
-    parser.add_argument("--format", required=True, choices=["topk", "logits"], help="topk is the compact one")
+    parser.add_argument(
+        "--format", required=True, choices=["topk", "logits", "lora"], help="topk: compact; lora: plain LoRA"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
     parser.set_defaults(run=_export)
 
