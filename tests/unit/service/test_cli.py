@@ -179,8 +179,8 @@ class TestInspect:
         assert err.startswith("refused (non_finite): base_model.vblora_vector_bank contains NaN")
 
     def test_refused_as_json(self, capsys: pytest.CaptureFixture[str], compact: Path, tmp_path: Path) -> None:
-        lora = rewrite(compact, tmp_path / "lora", config={"peft_type": "LORA"})
-        code, out, _ = run(capsys, "inspect", lora, "--json")
+        other = rewrite(compact, tmp_path / "other", config={"peft_type": "LOHA"})
+        code, out, _ = run(capsys, "inspect", other, "--json")
         assert code == 1
         assert json.loads(out)["error"]["code"] == "unsupported_checkpoint"
 
