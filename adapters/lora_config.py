@@ -32,6 +32,7 @@ _VARIANTS: Mapping[str, str] = {
     "use_bdlora": "block-diagonal LoRA",
     "use_dora": "DoRA, which also scales the base weights",
     "use_qalora": "QA-LoRA, which pools its inputs",
+    "velora_config": "VeLoRA, which compresses activations",
 }
 # Initialisations that take what they put into A and B out of the base weights: such an adapter is right only on that
 # changed base, unless it was converted when it was saved. All others leave no trace.

@@ -68,6 +68,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "a saved head": {"modules_to_save": ["lm_head"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
 }
 
 
@@ -365,6 +366,7 @@ def refused_when_bound(path: Path) -> AdapterError:
         ("kasa_config", {"beta": 1.0}),
         ("monteclora_config", {"num_samples": 8}),
         ("megatron_config", {"a": 1}),
+        ("velora_config", {"num_groups": 4}),
         ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
