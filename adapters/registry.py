@@ -166,7 +166,7 @@ class AdapterRegistry:
         return record
 
     def compact(self, digest: str) -> ServedCheckpoint:
-        """One version as it is stored, compact. Reads files if need be: keep it off event loops.
+        """One version as it is stored, compact if it is VB-LoRA. Reads files if need be: keep it off event loops.
 
         Raises AdapterNotFound, AdapterUnavailable or CheckpointError.
         """
