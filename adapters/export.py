@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -61,7 +62,20 @@ def write_files(checkpoint: AnyCheckpoint, directory: Path, metadata: Mapping[st
     """The files of a PEFT adapter directory, written into one that is there, as they come."""
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(directory / WEIGHTS_FILE)
     (directory / CONFIG_FILE).write_text(checkpoint.config.to_json(), encoding="utf-8")
+
+
+def _sort_metadata(path: Path) -> None:
+    """The same adapter is the same bytes, and so has one digest: safetensors writes metadata in any order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, "only the order changes"
+        file.seek(8)
+        file.write(text)
 
 
 def _publish(staged: Path, directory: Path) -> None:

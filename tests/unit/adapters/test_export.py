@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -134,6 +136,16 @@ def test_peft_trains_a_fresh_adapter(tmp_path: Path):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in trainable.values())
     bank = next(p for name, p in trainable.items() if "vector_bank" in name)
     assert torch.equal(bank.detach(), fresh.bank.vectors)
+
+
+def test_the_same_adapter_is_written_as_the_same_bytes(tmp_path: Path):
+    checkpoint = read_checkpoint(make_adapter(MODEL, AdapterSpec(), tmp_path / "source"))
+    metadata = {"zürich": '\x1f\x7f/"\\ü', "blend": json.dumps([{"name": "a"}])}
+    for i in range(8):
+        write_adapter(checkpoint, tmp_path / f"{i}", metadata)
+    assert len({(tmp_path / f"{i}" / WEIGHTS_FILE).read_bytes() for i in range(8)}) == 1
+    with safe_open(tmp_path / "0" / WEIGHTS_FILE, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
 
 
 class TestPublication:
