@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
 from adapters.layers import AdaptedModel
-from adapters.layout import EMBEDDING_NAMES, AdapterLayout, extra_owner
+from adapters.layout import EMBEDDING_NAMES, extra_owner
+from adapters.reading import AnyLayout
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
 
@@ -52,7 +53,7 @@ def check_base_name(named: str | None, base: BaseIdentity) -> str | None:
     )
 
 
-def check_layout(layout: AdapterLayout, model: AdaptedModel) -> None:
+def check_layout(layout: AnyLayout, model: AdaptedModel) -> None:
     """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError."""
     check_binding(layout.config, layout.layers, model.modules)
     for spec in layout.extras:

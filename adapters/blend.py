@@ -8,28 +8,35 @@ every tile is again a mixture of bank vectors. Nothing is densified, and what se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from adapters.checkpoint import LARGEST_IN_BANK, TopKCheckpoint, index_dtype, lower_to_sum_of_one
+from adapters.checkpoint import TopKCheckpoint, index_dtype, lower_to_sum_of_one
 from adapters.config import VBLoRAConfig
-from adapters.errors import InvalidSelection, ShapeMismatch
-from adapters.layout import MODULE_PREFIX, AdapterLayout, extra_owner
+from adapters.errors import InvalidSelection
+from adapters.layout import AdapterLayout
+from adapters.lora import ServedCheckpoint, stack_lora
+from adapters.members import (
+    BaseTensor,
+    check_weights,
+    extra_specs,
+    joint_bias,
+    joint_extras,
+    joint_fields,
+    joint_layers,
+)
 from adapters.parameters import Storage
-from adapters.replacements import blended
-from adapters.safetensors_header import TensorSpec
 from adapters.targets import LayerShape
+from adapters.tensor_file import LARGEST_IN_FACTORS
 from adapters.vector_bank import VectorBank
 
 Member = tuple[TopKCheckpoint, float]
-BaseTensor = Callable[[str], Tensor | None]
 
 _UNUSED = -1  # an index that nothing hangs on: its weight is 0
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def blend(members: Sequence[Member], base: BaseTensor | None = None) -> TopKCheckpoint:
@@ -42,26 +49,33 @@ def blend(members: Sequence[Member], base: BaseTensor | None = None) -> TopKChec
     Raises InvalidSelection for no members, for a weight that is not finite, and for extras that cannot be blended;
     ShapeMismatch when the members are of different base models.
     """
-    if not members or not all(math.isfinite(weight) for _, weight in members):
-        raise InvalidSelection("a blend takes at least one adapter, and weights that are numbers", subject="adapters")
-    layers = _layers(members)
+    check_weights(members)
+    layers = joint_layers(members)
     length = math.gcd(*(checkpoint.config.vector_length for checkpoint, _ in members))
     topk = max(checkpoint.config.topk for checkpoint, _ in members)
     sources, rows = _bank_rows(members, length)
     indices, weights = _stacked_positions(sources, layers, length, topk, nothing=len(rows) - 1)
     bank, indices, weights = _shared(rows, indices, weights)
-    if float(bank.abs().max()) > LARGEST_IN_BANK:
+    if float(bank.abs().max()) > LARGEST_IN_FACTORS:
         raise InvalidSelection("the weights are too large for these adapters: their banks overflow", subject="adapters")
-    extras = _extras(members, layers, base)
+    extras = joint_extras(members, layers, base)
     config = _config(members, layers, bank, topk)
-    specs = tuple(TensorSpec(key, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in extras.items())
     return TopKCheckpoint(
-        AdapterLayout(config, Storage.TOPK, layers, specs),
+        AdapterLayout(config, Storage.TOPK, layers, extra_specs(extras)),
         VectorBank(bank),
         indices.to(index_dtype(config)),
         lower_to_sum_of_one(weights[:, :-1].contiguous()),
         extras,
     )
+
+
+def weighted_sum(members: Sequence[tuple[ServedCheckpoint, float]], base: BaseTensor | None = None) -> ServedCheckpoint:
+    """`Σ weight · delta` of adapters of any types: compact as long as all are VB-LoRA, else stacked as plain LoRA.
+
+    Raises what `blend` raises.
+    """
+    compact = [(checkpoint, weight) for checkpoint, weight in members if isinstance(checkpoint, TopKCheckpoint)]
+    return blend(compact, base) if len(compact) == len(members) else stack_lora(members, base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +86,6 @@ class _Source:
     rows_a: int
     rows_b: int
     parts: int
-
-
-def _layers(members: Sequence[Member]) -> tuple[LayerShape, ...]:
-    """Every layer that a member adapts, in order of first appearance."""
-    layers: dict[str, LayerShape] = {}
-    for checkpoint, _ in members:
-        for layer in checkpoint.layout.layers:
-            if layers.setdefault(layer.name, layer) != layer:
-                known = layers[layer.name]
-                raise ShapeMismatch(
-                    f"{layer.name} is {known.in_features}→{known.out_features} in one adapter and "
-                    f"{layer.in_features}→{layer.out_features} in another: they are of different base models",
-                    subject=layer.name,
-                )
-    return tuple(layers.values())
 
 
 def _bank_rows(members: Sequence[Member], length: int) -> tuple[list[_Source], Tensor]:
@@ -182,71 +181,14 @@ def _filled(indices: Tensor, num_vectors: int) -> Tensor:
     return indices.where(~unused, free.gather(-1, nth.clamp_min(0)))
 
 
-def _extras(members: Sequence[Member], layers: Sequence[LayerShape], base: BaseTensor | None) -> dict[str, Tensor]:
-    """Trained biases and saved modules: weighted differences from the base's, under the keys that PEFT reads."""
-    adapted = {layer.name for layer in layers}
-    parts: dict[str, list[tuple[Tensor, float]]] = {}
-    for checkpoint, weight in members:
-        for key, tensor in checkpoint.extras.items():
-            owner, attribute = extra_owner(key), key.rpartition(".")[2]
-            if attribute == "weight" and owner in adapted and owner not in checkpoint.layout.layer_names:
-                raise InvalidSelection(
-                    f"{owner} is saved whole by one adapter and adapted by another: PEFT has no file for both; blend "
-                    "them per request",
-                    subject="adapters",
-                )
-            parts.setdefault(f"{owner}.{attribute}", []).append((tensor, weight))
-    extras = {}
-    for name, of_members in sorted(parts.items()):
-        owner, _, attribute = name.rpartition(".")
-        inner = ".base_layer" if owner in adapted else ""
-        extras[f"{MODULE_PREFIX}{owner}{inner}.{attribute}"] = _blended_extra(name, of_members, base)
-    return extras
-
-
-def _blended_extra(name: str, parts: Sequence[tuple[Tensor, float]], base: BaseTensor | None) -> Tensor:
-    if len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0]
-    own = None if base is None else base(name)
-    if own is None:
-        raise InvalidSelection(
-            f"the adapters bring their own {name}, which is blended with the base model's: name the base model",
-            subject="adapters",
-        )
-    own = own.detach().cpu().float()
-    if any(part.shape != own.shape for part, _ in parts):
-        raise ShapeMismatch(f"{name} has another shape in an adapter than in the base model", subject=name)
-    return blended(own, parts).contiguous()
-
-
 def _config(members: Sequence[Member], layers: Sequence[LayerShape], bank: Tensor, topk: int) -> VBLoRAConfig:
-    configs = [checkpoint.config for checkpoint, _ in members]
-    first = configs[0]
-    which = {(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs}
-    alike = len(which) == 1 and {len(c.layout.layers) for c, _ in members} == {len(layers)}
-    by_name = replace(
-        first,
-        target_modules=tuple(layer.name for layer in layers),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=(),
-    )
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save)
     return replace(
-        first if alike else by_name,
-        r=sum(config.r for config in configs),
+        members[0][0].config,
+        r=sum(checkpoint.config.r for checkpoint, _ in members),
         num_vectors=len(bank),
         vector_length=bank.shape[1],
         topk=topk,
         save_only_topk_weights=True,
-        bias=max((config.bias for config in configs), key=("none", "vblora_only", "all").index),
-        modules_to_save=tuple(saved),
-        task_type=_common(config.task_type for config in configs),
-        base_model_name_or_path=_common(config.base_model_name_or_path for config in configs),
+        bias=joint_bias(members, VBLoRAConfig),
+        **joint_fields(members, layers),
     )
-
-
-def _common(values: Iterable[str | None]) -> str | None:
-    """The one value that is given; None if none is, or several are."""
-    given = {value for value in values if value is not None}
-    return given.pop() if len(given) == 1 else None

@@ -8,35 +8,26 @@ that it takes in memory what it takes on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 
 from adapters import compose
 from adapters.config import VBLoRAConfig
-from adapters.errors import BadIndex, BadWeights, CheckpointError, InvalidSafetensors, NonFinite
+from adapters.errors import BadIndex, BadWeights, CheckpointError, NonFinite
 from adapters.layout import BANK_KEY, AdapterLayout, logits_key, read_layout
 from adapters.parameters import Storage, index_width
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.targets import LayerShape, check_tiling
+from adapters.tensor_file import ReadTensor, bounded, finite, tensors_in
 from adapters.vector_bank import VectorBank
 
 _INDEX_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 
-# In a batch every row meets every adapter's factors, and what is not its own is multiplied by 0: products of one
-# adapter's bank and another row's activations must be finite. Trained banks hold numbers below 1.
-LARGEST_IN_BANK = 1e15
-
-_READ_AT_ONCE = 32 << 20  # bytes
 _CHECKED_AT_ONCE = 1 << 20  # elements
-
-ReadTensor = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,26 +157,13 @@ class LogitsCheckpoint:
 
 
 def read_checkpoint(directory: Path) -> TopKCheckpoint | LogitsCheckpoint:
-    """The checkpoint in a PEFT adapter directory, every tensor checked.
+    """The VB-LoRA checkpoint in a PEFT adapter directory, every tensor checked.
 
     Raises a CheckpointError that names the file, the field or the tensor at fault.
     """
     layout = read_layout(directory)
-    try:
-        with _tensors_in(directory / WEIGHTS_FILE) as read:
-            return _READERS[layout.storage](layout, read)
-    except SafetensorError as error:
-        raise InvalidSafetensors(f"the weights cannot be read: {error}", subject=WEIGHTS_FILE) from error
-
-
-@contextmanager
-def _tensors_in(path: Path) -> Iterator[ReadTensor]:
-    """Reads tensors by key. A small file is read at once: a compact adapter has hundreds of small tensors."""
-    if path.stat().st_size <= _READ_AT_ONCE:
-        yield load(path.read_bytes()).__getitem__
-    else:
-        with safe_open(path, framework="pt") as file:
-            yield file.get_tensor
+    with tensors_in(directory) as read:
+        return _READERS[layout.storage](layout, read)
 
 
 # What `read` returns may be a view of the mapped file, which changes or vanishes with it, so it is copied before it is
@@ -219,8 +197,8 @@ _READERS: Mapping[Storage, Callable[[AdapterLayout, ReadTensor], TopKCheckpoint 
 
 
 def _read_others(layout: AdapterLayout, read: ReadTensor) -> tuple[VectorBank, dict[str, Tensor]]:
-    extras = {spec.key: _finite(spec.key, read(spec.key).clone()) for spec in layout.extras}
-    return VectorBank(_checked_bank(read(BANK_KEY).clone())), extras
+    extras = {spec.key: finite(spec.key, read(spec.key).clone()) for spec in layout.extras}
+    return VectorBank(bounded(BANK_KEY, read(BANK_KEY).clone())), extras
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,20 +229,6 @@ def _check_packed(packed: _Packed, check: Callable[[str, Tensor], None]) -> None
         tensors = torch.split(packed.tensor, [positions for _, positions, _ in packed.parts])
         for (key, _, dtype), tensor in zip(packed.parts, tensors, strict=True):
             check(key, tensor.to(dtype))
-
-
-def _finite(key: str, tensor: Tensor) -> Tensor:
-    if not bool(tensor.isfinite().all()):
-        raise NonFinite(f"{key} contains NaN or infinity; was the training run healthy?", subject=key)
-    return tensor
-
-
-def _checked_bank(vectors: Tensor) -> Tensor:
-    """Finite, and so small that its products stay finite: infinity would become NaN in other rows of its batch."""
-    _finite(BANK_KEY, vectors)
-    if bool((vectors.abs() > LARGEST_IN_BANK).any()):
-        raise NonFinite(f"{BANK_KEY} holds numbers beyond {LARGEST_IN_BANK:g}; was the run healthy?", subject=BANK_KEY)
-    return vectors
 
 
 def _checked_logits(key: str, logits: Tensor) -> Tensor:
@@ -299,7 +263,7 @@ def _check_weights(key: str, weights: Tensor, topk: int) -> None:
     # A softmax rounded to its storage dtype can sum to a little more than 1.
     allowed = 1.0 + topk * torch.finfo(weights.dtype).eps
     for some in _in_pieces(weights):
-        _finite(key, some)
+        finite(key, some)
         if bool(((some < 0) | (some > 1)).any()):
             raise BadWeights(f"{key} holds a weight outside [0, 1]", subject=key)
         sums = some.double().sum(-1)

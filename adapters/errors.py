@@ -4,7 +4,7 @@
     ├── InvalidName              a name that the store does not accept
     ├── InvalidSelection         a selection that contradicts itself or cannot be computed
     ├── CheckpointError          a checkpoint that is refused; `subject` names the tensor or the field
-    │   ├── UnsupportedCheckpoint    not a VB-LoRA safetensors checkpoint at all, or a part we cannot serve
+    │   ├── UnsupportedCheckpoint    no safetensors of VB-LoRA or plain LoRA, or a part we cannot serve
     │   ├── InvalidSafetensors       the file does not parse
     │   ├── BadConfig                adapter_config.json contradicts itself or the tensors
     │   ├── MissingTensor            a tensor that the config or its partner calls for is absent

@@ -1,4 +1,4 @@
-"""Writes adapters as PEFT directories: compact or with full logits."""
+"""Writes adapters as PEFT directories: compact, with full logits, or as plain LoRA."""
 
 from __future__ import annotations
 
@@ -8,15 +8,38 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint
 from adapters.config import CONFIG_FILE
+from adapters.errors import InvalidSelection
+from adapters.lora import LoRACheckpoint, stack_lora
+from adapters.parameters import Storage
+from adapters.reading import AnyCheckpoint, as_served
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.staging import staged_directory
 
 
-def write_adapter(
-    checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def converted(checkpoint: AnyCheckpoint, storage: Storage) -> AnyCheckpoint:
+    """The same adapter in another storage; one that has it already is itself.
+
+    Plain LoRA is a VB-LoRA adapter's exact factors. Raises InvalidSelection for the way back, which has none.
+    """
+    if checkpoint.layout.parameters().storage is storage:
+        return checkpoint
+    compact = as_served(checkpoint)
+    if isinstance(compact, LoRACheckpoint):
+        raise InvalidSelection(
+            f"this is a plain LoRA adapter: it has no vector bank that {storage!r} could hold; export it as 'lora'",
+            subject="format",
+        )
+    match storage:
+        case Storage.TOPK:
+            return compact
+        case Storage.LOGITS:
+            return compact.to_logits()
+        case Storage.LORA:
+            return stack_lora([(compact, 1.0)])
+
+
+def write_adapter(checkpoint: AnyCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a PEFT adapter directory that PEFT and this project load. `metadata` goes into the weights' header.
 
     The directory appears whole or not at all. Raises FileExistsError if it exists and is not empty.
@@ -25,9 +48,7 @@ def write_adapter(
         write_files(checkpoint, staged, metadata)
 
 
-def write_files(
-    checkpoint: TopKCheckpoint | LogitsCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_files(checkpoint: AnyCheckpoint, directory: Path, metadata: Mapping[str, str] | None = None) -> None:
     """The files of a PEFT adapter directory, written into one that is there, as they come."""
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors().items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from adapters.config import VBLoRAConfig, read_config
+from adapters.config import AdapterConfig, VBLoRAConfig, read_config
 from adapters.errors import BadConfig, BadIndex, MissingTensor, ShapeMismatch, UnexpectedTensor
 from adapters.parameters import ParameterCount, Storage, count_parameters
 from adapters.safetensors_header import WEIGHTS_FILE, RawHeader, TensorSpec, parse_header, read_header
@@ -71,7 +71,7 @@ def logits_key(module: str, side: str) -> str:
 
 
 def read_layout(directory: Path) -> AdapterLayout:
-    """The layout of a PEFT adapter directory, from its config and the header of its weights: no tensor is read.
+    """The layout of a VB-LoRA adapter directory, from its config and the header of its weights: no tensor is read.
 
     Adapters whose config and header are the same to the byte share one layout: those of a family, say, that differ in
     their tensors alone. Raises a CheckpointError that names the file, the field or the tensor at fault.
@@ -92,8 +92,8 @@ def layout_of(config: VBLoRAConfig, specs: Mapping[str, TensorSpec]) -> AdapterL
     layers = tuple(_layer(config, storage, module, sides) for module, sides in parts.items())
     check_targets(config, [layer.name for layer in layers])
     for extra in extras:
-        _check_extra(config, extra, parts.keys())
-    _check_distinct(extras)
+        check_extra(config, extra, parts.keys())
+    check_distinct(extras)
     return AdapterLayout(config, storage, layers, tuple(extras))
 
 
@@ -101,7 +101,7 @@ def _check_bank(config: VBLoRAConfig, bank: TensorSpec | None) -> None:
     if bank is None:
         raise MissingTensor(f"the file has no vector bank ({BANK_KEY})", subject=BANK_KEY)
     expect_shape(bank, (config.num_vectors, config.vector_length), "[num_vectors, vector_length]")
-    _expect_float(bank)
+    expect_float(bank)
 
 
 def _sort_keys(specs: Mapping[str, TensorSpec]) -> tuple[_Parts, list[TensorSpec]]:
@@ -160,7 +160,7 @@ def _tiles(config: VBLoRAConfig, storage: Storage, tensors: dict[str, TensorSpec
         if part == "_topk_indices":
             _expect_integer(spec)
         else:
-            _expect_float(spec)
+            expect_float(spec)
         expect_shape(spec, (*rows, depth), f"{named}, {depth_name}]")
     return tiles
 
@@ -173,8 +173,8 @@ def _depth(config: VBLoRAConfig, part: str) -> tuple[int, str]:
     return config.num_vectors, "num_vectors"
 
 
-def called_for(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str]) -> bool:
-    """Whether the config's `bias` or `modules_to_save` says that this tensor, outside VB-LoRA, was trained."""
+def called_for(config: AdapterConfig, spec: TensorSpec, targets: Collection[str]) -> bool:
+    """Whether the config's `bias` or `modules_to_save` says that this tensor, not of a factor, was trained."""
     name = spec.key.removeprefix(MODULE_PREFIX)
     # PEFT saves a module whose name ends in one of modules_to_save, also in the middle of a word, and all it contains.
     holders = [name[:dot] for dot, character in enumerate(name) if character == "."]
@@ -182,7 +182,7 @@ def called_for(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str])
         return True
     if name != "bias" and not name.endswith(".bias"):
         return False
-    return config.bias == "all" or (config.bias == "vblora_only" and extra_owner(spec.key) in targets)
+    return config.bias == "all" or (config.bias == config.BIAS_OF_TARGETS and extra_owner(spec.key) in targets)
 
 
 def extra_owner(key: str) -> str:
@@ -190,10 +190,11 @@ def extra_owner(key: str) -> str:
     return key.removeprefix(MODULE_PREFIX).rpartition(".")[0].removesuffix(".base_layer")
 
 
-def _check_extra(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str]) -> None:
-    _expect_float(spec)
+def check_extra(config: AdapterConfig, spec: TensorSpec, targets: Collection[str]) -> None:
+    """A tensor besides the factors' is one that PEFT would have saved. Raises UnexpectedTensor or ShapeMismatch."""
+    expect_float(spec)
     if not spec.key.startswith(MODULE_PREFIX):
-        raise UnexpectedTensor(f"nothing in a VB-LoRA checkpoint is called {spec.key!r}", subject=spec.key)
+        raise UnexpectedTensor(f"nothing in a {config.PEFT_TYPE} checkpoint is called {spec.key!r}", subject=spec.key)
     embedding = extra_owner(spec.key).rsplit(".", 1)[-1] in EMBEDDING_NAMES
     own = spec.key.endswith((".weight", ".bias"))  # Phi's and GPT-J's lm_head have a bias
     if not (embedding and own) and not called_for(config, spec, targets):
@@ -204,8 +205,8 @@ def _check_extra(config: VBLoRAConfig, spec: TensorSpec, targets: Collection[str
         )
 
 
-def _check_distinct(extras: Iterable[TensorSpec]) -> None:
-    """PEFT's two names of one parameter, with and without `base_layer`, must not both be there."""
+def check_distinct(extras: Iterable[TensorSpec]) -> None:
+    """PEFT's two names of one parameter, with and without `base_layer`, must not both be there, or UnexpectedTensor."""
     seen: dict[str, str] = {}
     for spec in extras:
         parameter = f"{extra_owner(spec.key)}.{spec.key.rpartition('.')[2]}"
@@ -223,7 +224,8 @@ def expect_shape(spec: TensorSpec, shape: tuple[int, ...], named: str) -> None:
         )
 
 
-def _expect_float(spec: TensorSpec) -> None:
+def expect_float(spec: TensorSpec) -> None:
+    """Raises ShapeMismatch for a dtype that factors cannot have."""
     if spec.dtype not in _FLOATS:
         raise ShapeMismatch(
             f"{spec.key} has dtype {spec.dtype}; float32, bfloat16 or float16 was expected", subject=spec.key

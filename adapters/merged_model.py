@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.binding import check_layout, replaced_parameters
-from adapters.checkpoint import TopKCheckpoint
 from adapters.errors import InvalidSelection
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
+from adapters.lora import ServedCheckpoint
 from adapters.merge import FoldReport, Place, changed_places, replacing, stacked
 from adapters.replacements import blended
 from adapters.safetensors_header import TensorSpec
@@ -72,7 +72,7 @@ class MergedModel:
         self._dtype = dtype
         self._keys = {architecture.name_of(key): key for key in weights.specs}
 
-    def factors(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
+    def factors(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         """An adapter as it is folded. Raises CheckpointError if it does not bind to this base."""
         check_layout(compact.layout, self._architecture.model)
         replaced = replaced_parameters(compact.extras, self._tensor)

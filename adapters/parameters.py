@@ -6,19 +6,23 @@ In a compact checkpoint an index is counted as the part of a float32 that its wi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from adapters.config import VBLoRAConfig
 from adapters.targets import LayerShape
 
 
 class Storage(StrEnum):
-    """How a checkpoint stores its selections: the k best vectors of each position, or a logit for every vector."""
+    """How a checkpoint stores its adapter.
+
+    VB-LoRA's selections as the k best vectors of each position or a logit for every vector; plain LoRA's factors.
+    """
 
     TOPK = "topk"
     LOGITS = "logits"
+    LORA = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,30 @@ class ParameterCount:
     def to_dict(self) -> dict[str, Any]:
         """Every field, the total and the summary, as plain JSON values."""
         return {**asdict(self), "total_params": self.total_params, "summary": self.summary}
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAParameterCount:
+    """What a plain LoRA adapter stores; `r` is its config's, which single modules may differ from."""
+
+    lora_params: int
+    other_params: int
+    r: int
+
+    storage: ClassVar[Storage] = Storage.LORA
+
+    @property
+    def total_params(self) -> int:
+        return self.lora_params + self.other_params
+
+    @property
+    def summary(self) -> str:
+        return f"LoRA params to-be-saved: {self.lora_params:,d} || total params to-be-saved: {self.total_params:,d}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ParameterCount.to_dict(), those of VB-LoRA None."""
+        own = {**asdict(self), "storage": self.storage, "total_params": self.total_params, "summary": self.summary}
+        return {**dict.fromkeys(each.name for each in fields(ParameterCount)), **own}
 
 
 def count_parameters(

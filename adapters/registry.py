@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
-from adapters.blend import blend
-from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.blend import weighted_sum
+from adapters.checkpoint import LogitsCheckpoint
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -33,7 +33,8 @@ from adapters.errors import (
 )
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
-from adapters.layout import AdapterLayout, read_layout
+from adapters.lora import LoRACheckpoint, ServedCheckpoint
+from adapters.reading import AnyCheckpoint, AnyLayout, as_served, read_adapter, read_adapter_layout
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class RegistryStats:
 class _Live:
     """One digest's state in memory. Written under the registry's lock."""
 
-    compact: TopKCheckpoint | None = None
+    compact: ServedCheckpoint | None = None
     factors: AdapterFactors | None = None
     loading: bool = False
     failure: AdapterError | None = None
@@ -116,7 +117,7 @@ class AdapterRegistry:
         self._device = device
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
         self._changed = threading.Condition()
-        self._fitting: deque[AdapterLayout] = deque(maxlen=_LAYOUTS_KEPT)
+        self._fitting: deque[AnyLayout] = deque(maxlen=_LAYOUTS_KEPT)
         self._hits = self._misses = self._evictions = self._composes = 0
         self._compose_s = 0.0
 
@@ -153,12 +154,12 @@ class AdapterRegistry:
 
         Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
         """
-        layout = read_layout(staged)
+        layout = read_adapter_layout(staged)
         warnings = self._check(layout, allow_base_mismatch=allow_base_mismatch)
         self._check_size(layout)  # before a tensor is read
-        checkpoint = read_checkpoint(staged)
+        checkpoint = read_adapter(staged)
         check_range(checkpoint.extras, self._model)
-        compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+        compact = as_served(checkpoint)
         earlier = self._digests(tenant, name)
         info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
         record = self._store.publish(tenant, name, staged, info, replace=replace)
@@ -169,8 +170,8 @@ class AdapterRegistry:
         self.forget_deleted([*earlier, record.digest])
         return record
 
-    def compact(self, digest: str) -> TopKCheckpoint:
-        """One version as it is stored, compact. Reads files if need be: keep it off event loops.
+    def compact(self, digest: str) -> ServedCheckpoint:
+        """One version as it is stored, compact if it is VB-LoRA. Reads files if need be: keep it off event loops.
 
         Raises AdapterNotFound, AdapterUnavailable or CheckpointError.
         """
@@ -182,9 +183,9 @@ class AdapterRegistry:
                 return live.compact
         return self._read(digest)
 
-    def blend(self, members: Sequence[tuple[str, float]]) -> TopKCheckpoint:
-        """The weighted sum of versions, by digest, as a new compact adapter. Raises what `compact` and `blend` do."""
-        return blend([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
+    def blend(self, members: Sequence[tuple[str, float]]) -> ServedCheckpoint:
+        """The weighted sum of versions, by digest, as a new adapter. Raises what `compact` and `weighted_sum` do."""
+        return weighted_sum([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.
@@ -296,7 +297,7 @@ class AdapterRegistry:
 
     def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
-            layout = read_layout(self._verified(version.digest))
+            layout = read_adapter_layout(self._verified(version.digest))
             if not version.info.get("base_mismatch_allowed"):
                 check_base_name(layout.config.base_model_name_or_path, self._identity)
             self._check_layout(layout)
@@ -312,7 +313,7 @@ class AdapterRegistry:
         except AdapterNotFound:
             return []
 
-    def _check(self, layout: AdapterLayout, *, allow_base_mismatch: bool) -> list[str]:
+    def _check(self, layout: AnyLayout, *, allow_base_mismatch: bool) -> list[str]:
         try:
             warning = check_base_name(layout.config.base_model_name_or_path, self._identity)
         except BaseModelMismatch as error:
@@ -322,7 +323,7 @@ class AdapterRegistry:
         self._check_layout(layout)
         return [warning] if warning else []
 
-    def _check_layout(self, layout: AdapterLayout) -> None:
+    def _check_layout(self, layout: AnyLayout) -> None:
         """Holds a layout against the base, once: adapters of one family share theirs."""
         if not any(layout is known for known in self._fitting):
             check_layout(layout, self._model)
@@ -353,16 +354,16 @@ class AdapterRegistry:
             self._changed.notify_all()
         return factors
 
-    def _read(self, digest: str) -> TopKCheckpoint:
+    def _read(self, digest: str) -> ServedCheckpoint:
         directory = self._store.path(digest)
         try:
-            checkpoint = read_checkpoint(self._verified(digest))
+            checkpoint = read_adapter(self._verified(digest))
         except (AdapterError, OSError) as error:
             if directory.is_dir():
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         self._check_layout(checkpoint.layout)
-        return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+        return as_served(checkpoint)
 
     def _verified(self, digest: str) -> Path:
         """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
@@ -372,7 +373,7 @@ class AdapterRegistry:
         return directory
 
     @torch.inference_mode()
-    def _compose(self, digest: str, compact: TopKCheckpoint) -> AdapterFactors:
+    def _compose(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         self._check_size(compact.layout)
         replaced = replaced_parameters(compact.extras, self._model.tensor)
         layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
@@ -382,7 +383,7 @@ class AdapterRegistry:
         }
         return AdapterFactors(digest, layers, here)
 
-    def _check_size(self, layout: AdapterLayout) -> None:
+    def _check_size(self, layout: AnyLayout) -> None:
         size = factor_bytes(layout)
         if size > self._budget:
             raise AdapterTooLarge(
@@ -409,12 +410,12 @@ class AdapterRegistry:
             self._live.setdefault(digest, _Live()).failure = error
 
 
-def factor_bytes(layout: AdapterLayout) -> int:
+def factor_bytes(layout: AnyLayout) -> int:
     """What an adapter takes at most when it is composed: its factors in float32, and the parameters it replaces."""
     return 4 * layout.parameters().lora_params + sum(spec.nbytes for spec in layout.extras)
 
 
-def describe(checkpoint: TopKCheckpoint | LogitsCheckpoint, warnings: list[str]) -> Mapping[str, Any]:
+def describe(checkpoint: AnyCheckpoint, warnings: list[str]) -> Mapping[str, Any]:
     """What the store keeps of an adapter besides its files, so that listing adapters opens none.
 
     Keys: `config` (PEFT's), `parameters` (ParameterCount.to_dict()), `target_modules` (the layers
@@ -424,9 +425,16 @@ def describe(checkpoint: TopKCheckpoint | LogitsCheckpoint, warnings: list[str])
         "config": checkpoint.config.to_dict(),
         "parameters": checkpoint.layout.parameters().to_dict(),
         "target_modules": [layer.name for layer in checkpoint.layout.layers],
-        "resumable": isinstance(checkpoint, LogitsCheckpoint) and checkpoint.resumable,
+        "resumable": is_resumable(checkpoint),
         "warnings": warnings,
     }
+
+
+def is_resumable(checkpoint: AnyCheckpoint) -> bool:
+    """Whether training can go on from these files."""
+    if isinstance(checkpoint, LogitsCheckpoint):
+        return checkpoint.resumable
+    return isinstance(checkpoint, LoRACheckpoint)
 
 
 def _state(live: _Live) -> AdapterState:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from adapters.config import VBLoRAConfig
+from adapters.config import AdapterConfig
 from adapters.errors import MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
 from adapters.patterns import Allowance, Pattern
 
@@ -104,7 +104,7 @@ class BaseModules:
                 output_name = name
         return cls(model_type, kinds, layers, output_name, frozenset(names))
 
-    def selected_by(self, config: VBLoRAConfig) -> list[LayerShape]:
+    def selected_by(self, config: AdapterConfig) -> list[LayerShape]:
         """The layers that PEFT would adapt under `config`.
 
         Raises NoTargetMatched when there is none, when a matched module is neither Linear nor Conv1D, or when
@@ -119,7 +119,7 @@ class BaseModules:
         for name in chosen:
             if name not in self.layers:
                 raise NoTargetMatched(
-                    f"target_modules selects {name!r}, a {self.kinds[name]}; VB-LoRA adapts Linear and Conv1D layers",
+                    f"target_modules selects {name!r}, a {self.kinds[name]}; adapters adapt Linear and Conv1D layers",
                     subject=name,
                 )
         if not chosen:
@@ -134,7 +134,7 @@ class BaseModules:
             subject="target_modules",
         )
 
-    def _targets(self, config: VBLoRAConfig) -> tuple[str, ...] | str:
+    def _targets(self, config: AdapterConfig) -> tuple[str, ...] | str:
         if config.target_modules is not None:
             return config.target_modules
         if self.model_type not in DEFAULT_TARGETS:
@@ -152,7 +152,7 @@ class TargetMatcher:
     counts only for suffix matches; a module in `modules_to_save` is never a target.
     """
 
-    def __init__(self, config: VBLoRAConfig, targets: tuple[str, ...] | str) -> None:
+    def __init__(self, config: AdapterConfig, targets: tuple[str, ...] | str) -> None:
         allowance = Allowance()
         self._regex = Pattern(targets, "target_modules", allowance) if isinstance(targets, str) else None
         self._names = frozenset() if isinstance(targets, str) else frozenset(targets)
@@ -194,7 +194,7 @@ class TargetMatcher:
         return False
 
 
-def check_targets(config: VBLoRAConfig, modules: Sequence[str]) -> None:
+def check_targets(config: AdapterConfig, modules: Sequence[str]) -> None:
     """Every module that a checkpoint holds is one its config names. Raises UnexpectedTensor.
 
     Null and `all-linear` name nothing to check against.
@@ -205,29 +205,29 @@ def check_targets(config: VBLoRAConfig, modules: Sequence[str]) -> None:
     for name in modules:
         if not matcher.matches(name):
             raise UnexpectedTensor(
-                f"the file holds VB-LoRA tensors for {name!r}, which the config's target_modules "
+                f"the file holds tensors for {name!r}, which the config's target_modules "
                 f"({_shown(config.target_modules)}) does not select",
                 subject=name,
             )
 
 
-def check_binding(config: VBLoRAConfig, modules: Sequence[LayerShape], base: BaseModules) -> None:
+def check_binding(config: AdapterConfig, modules: Sequence[LayerShape], base: BaseModules) -> None:
     """The checkpoint's modules are exactly those of `base` that its config selects, and their shapes agree.
 
     Raises NoTargetMatched (no module of the file is in the base, or one is of a type that cannot be adapted),
-    UnexpectedTensor (the base lacks a module), ShapeMismatch (features differ, or vector_length does not divide them)
+    UnexpectedTensor (the base lacks a module), ShapeMismatch (features differ, or tiles do not divide them)
     or MissingTensor (a selected module of the base is not in the file).
     """
     names = [module.name for module in modules]
     if not any(name in base.kinds for name in names):
         raise base.nothing_matched(names)
     for module in modules:
-        _check_module(module, base, config.vector_length)
+        _check_module(module, base, config.tile)
     if config.target_modules is not None and not config.targets_all_linear:
         _check_none_missing(config, frozenset(names), base)
 
 
-def _check_module(module: LayerShape, base: BaseModules, vector_length: int) -> None:
+def _check_module(module: LayerShape, base: BaseModules, tile: int) -> None:
     name = module.name
     if name not in base.kinds:
         raise UnexpectedTensor(
@@ -236,11 +236,11 @@ def _check_module(module: LayerShape, base: BaseModules, vector_length: int) -> 
         )
     if name not in base.layers:
         raise NoTargetMatched(
-            f"the adapter adapts {name!r}, a {base.kinds[name]} in the base; VB-LoRA adapts Linear and Conv1D layers",
+            f"the adapter adapts {name!r}, a {base.kinds[name]} in the base; adapters adapt Linear and Conv1D layers",
             subject=name,
         )
     layer = base.layers[name]
-    check_tiling(layer, vector_length)
+    check_tiling(layer, tile)
     if module != layer:
         raise ShapeMismatch(
             f"the adapter's {name!r} is {module.in_features}→{module.out_features} but the base model's is "
@@ -259,7 +259,7 @@ def check_tiling(layer: LayerShape, vector_length: int) -> None:
             )
 
 
-def _check_none_missing(config: VBLoRAConfig, names: frozenset[str], base: BaseModules) -> None:
+def _check_none_missing(config: AdapterConfig, names: frozenset[str], base: BaseModules) -> None:
     absent = [layer.name for layer in base.selected_by(config) if layer.name not in names]
     if absent:
         raise MissingTensor(

@@ -147,9 +147,11 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write an adapter compact (for serving), or with full logits, as a directory that PEFT loads."
+    parser.description = "Write an adapter compact, with full logits, or as plain LoRA, as a directory that PEFT loads."
     parser.add_argument("directory", type=Path, metavar="DIR", help="a PEFT adapter directory")
-    parser.add_argument("--format", required=True, choices=["topk", "logits"], help="topk is the compact one")
+    parser.add_argument(
+        "--format", required=True, choices=["topk", "logits", "lora"], help="topk: compact; lora: plain LoRA"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
     parser.set_defaults(run=_export)
 
@@ -195,7 +197,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_blend(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write a weighted sum of adapters as one compact adapter, exactly, which PEFT loads."
+    parser.description = "Write a weighted sum of adapters as one adapter, exactly, which PEFT loads."
     parser.add_argument("members", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory and its weight (1)")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write the adapter")
     parser.add_argument("--model", help="the base model: needed for adapters with biases or saved modules of their own")

@@ -86,7 +86,7 @@ def _byte_characters() -> list[str]:
 
 def tiny_model(arch: Arch, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A float32 model in eval mode; `overrides` are config fields by their common or their own names."""
-    with _untouched_rng():
+    with untouched_rng():
         model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides), dtype=torch.float32)
     randomize(model, seed)
     return model.eval()
@@ -122,7 +122,7 @@ def randomize(model: nn.Module, seed: int, std: float = 0.2) -> None:
     creates modules, nor on how many layers there are.
     """
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=_generator(seed, name)) * std
+        noise = torch.randn(parameter.shape, generator=generator_of(seed, name)) * std
         is_scale = parameter.dim() == 1 and name.endswith("weight")
         parameter.data.copy_(1 + noise if is_scale else noise)
 
@@ -193,7 +193,7 @@ def trainable_adapter(model: ModelSource, spec: AdapterSpec) -> PeftModel:
     """
     base = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model()
     base.name_or_path = ""  # else PEFT writes the path into the config
-    with _untouched_rng():
+    with untouched_rng():
         peft_model = get_peft_model(base, spec.peft_config(fan_in_fan_out=base.config.model_type == "gpt2"))
     _pretend_training(peft_model, spec)
     return peft_model.eval()
@@ -204,7 +204,7 @@ def _pretend_training(peft_model: PeftModel, spec: AdapterSpec) -> None:
     for name, parameter in peft_model.named_parameters():
         if not parameter.requires_grad:
             continue
-        generator = _generator(spec.seed, name)
+        generator = generator_of(spec.seed, name)
         if "vblora_vector_bank" in name:
             parameter.data.uniform_(-spec.bank_bound, spec.bank_bound, generator=generator)
         elif "vblora_logits" in name:
@@ -274,7 +274,7 @@ def widen_adapter(source: Path, destination: Path) -> Path:
 
 def peft_reference(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """A copy of the model with the adapter loaded by PEFT, in eval mode."""
-    with _untouched_rng():
+    with untouched_rng():
         return PeftModel.from_pretrained(copy.deepcopy(model), str(adapter)).eval()
 
 
@@ -295,13 +295,13 @@ def peft_greedy(model: PeftModel | PreTrainedModel, prompt_ids: list[int], n: in
 # --- randomness -----------------------------------------------------------------------------------
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
     """Independent of Python's hash seed and of the order of calls."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
 
 @contextmanager
-def _untouched_rng() -> Iterator[None]:
+def untouched_rng() -> Iterator[None]:
     """The initial values that a library draws must not move the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         yield

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
-from adapters.export import write_files
+from adapters.export import converted, write_files
 from adapters.parameters import Storage
+from adapters.reading import AnyCheckpoint
 from adapters.store import AdapterRecord
 from service.api.adapter_files import ADAPTER_FILES, OPTIONAL_FILES
 from service.api.deps import ServerState
 
-ExportFormat = Literal["topk", "logits"]
+ExportFormat = Literal["topk", "logits", "lora"]
 
 _CHUNK = 1 << 20
 
@@ -24,7 +24,7 @@ def pack(state: ServerState, record: AdapterRecord, format: ExportFormat) -> IO[
     """The archive, as an open file that is deleted with its last reader. Reads and writes the disk.
 
     An adapter in the storage it has is packed as it was uploaded, to the byte. Raises AdapterNotFound when it has been
-    deleted meanwhile.
+    deleted meanwhile, InvalidSelection for a storage that it cannot have.
     """
     stored = state.store.path(record.digest)
     with state.store.staging() as staged:
@@ -55,11 +55,8 @@ def size_of(file: IO[bytes]) -> int:
     return size
 
 
-def _converted(state: ServerState, record: AdapterRecord, format: ExportFormat) -> TopKCheckpoint | LogitsCheckpoint:
-    if Storage(format) is Storage.TOPK:
-        return state.registry.compact(record.digest)
-    checkpoint = read_checkpoint(state.store.path(record.digest))
-    return checkpoint.to_logits() if isinstance(checkpoint, TopKCheckpoint) else checkpoint
+def _converted(state: ServerState, record: AdapterRecord, format: ExportFormat) -> AnyCheckpoint:
+    return converted(state.registry.compact(record.digest), Storage(format))
 
 
 def _add(archive: tarfile.TarFile, name: str, source: Path, modified: float) -> None:

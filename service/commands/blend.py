@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.blend import BaseTensor, blend
-from adapters.checkpoint import TopKCheckpoint, read_checkpoint
+from adapters.blend import weighted_sum
 from adapters.export import write_adapter
+from adapters.lora import ServedCheckpoint
+from adapters.members import BaseTensor
+from adapters.parameters import LoRAParameterCount, ParameterCount
+from adapters.reading import as_served, read_adapter
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.commands import CommandError
@@ -40,7 +43,7 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
             read.append((_compact(member.directory), member.weight))
     needs_base = any(checkpoint.extras for checkpoint, _ in read) and model is not None
     with working("Blending"):
-        blended = blend(read, _base(model) if needs_base and model is not None else None)
+        blended = weighted_sum(read, _base(model) if needs_base and model is not None else None)
     parts = [
         {"name": member.directory.resolve().name, "digest": _digest(member.directory), "weight": member.weight}
         for member in members
@@ -51,18 +54,23 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
     if as_json:
         show_json({"output": str(output), "blend": parts, "parameters": count.to_dict()})
         return 0
-    say(f"Wrote {output}: rank {count.r}, {count.num_vectors} vectors of {count.vector_length}, topk {count.topk}")
+    say(f"Wrote {output}: {_shape(count)}")
     say(count.summary)
     return 0
 
 
-def _compact(directory: Path) -> TopKCheckpoint:
+def _compact(directory: Path) -> ServedCheckpoint:
     if not directory.is_dir():
         raise CommandError(
             f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
         )
-    checkpoint = read_checkpoint(directory)
-    return checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
+    return as_served(read_adapter(directory))
+
+
+def _shape(count: ParameterCount | LoRAParameterCount) -> str:
+    if isinstance(count, LoRAParameterCount):
+        return f"rank {count.r}, plain LoRA"
+    return f"rank {count.r}, {count.num_vectors} vectors of {count.vector_length}, topk {count.topk}"
 
 
 def _digest(directory: Path) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.binding import check_base_name
-from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.config import VBLoRAConfig
 from adapters.errors import CheckpointError
+from adapters.lora_config import LoRAConfig
+from adapters.reading import AnyCheckpoint, read_adapter
+from adapters.registry import is_resumable
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.targets import check_binding
 from service.commands import CommandError
@@ -23,13 +26,13 @@ class Inspection:
     """What was found in a directory. `base` is the model that it was held against, if one was given."""
 
     directory: Path
-    checkpoint: TopKCheckpoint | LogitsCheckpoint
+    checkpoint: AnyCheckpoint
     base: str | None
     warnings: tuple[str, ...]
 
     @property
     def resumable(self) -> bool:
-        return isinstance(self.checkpoint, LogitsCheckpoint) and self.checkpoint.resumable
+        return is_resumable(self.checkpoint)
 
     @property
     def file_bytes(self) -> int:
@@ -67,7 +70,7 @@ def run(directory: Path, *, model: str | None, as_json: bool) -> int:
 def inspect(directory: Path, model: str | None) -> Inspection:
     """Reads an adapter strictly and, with a `model`, holds it against that base. Raises CheckpointError."""
     with working(f"Reading {directory}"):
-        checkpoint = read_checkpoint(directory)
+        checkpoint = read_adapter(directory)
     warnings = [EXTRAS_WARNING] if checkpoint.extras else []
     if model is not None:
         base = read_base(model)
@@ -94,10 +97,7 @@ def _show(inspection: Inspection) -> None:
             ("trained on", config.base_model_name_or_path or "a base that the config does not name"),
             ("task", config.task_type),
             ("rank", config.r),
-            (
-                "vector bank",
-                f"{config.num_vectors} vectors of {config.vector_length}, top {config.topk} of them a tile",
-            ),
+            *_own_facts(config),
             ("target modules", ", ".join(targets) if isinstance(targets, tuple) else targets or "the architecture's"),
             ("storage", f"{count.storage}, {inspection.file_bytes:,} bytes"),
             ("resumable", _resumable(inspection)),
@@ -111,6 +111,15 @@ def _show(inspection: Inspection) -> None:
     show_counts(count)
     for warning in inspection.warnings:
         complain(f"warning: {warning}")
+
+
+def _own_facts(config: VBLoRAConfig | LoRAConfig) -> list[tuple[str, object]]:
+    if isinstance(config, VBLoRAConfig):
+        what = f"{config.num_vectors} vectors of {config.vector_length}, top {config.topk} of them a tile"
+        return [("vector bank", what)]
+    scaled = f"alpha {config.lora_alpha:g}, divided by {'√rank' if config.use_rslora else 'the rank'}"
+    own = len(config.rank_pattern), len(config.alpha_pattern)
+    return [("plain LoRA", scaled), ("patterns", f"{own[0]} of ranks, {own[1]} of alphas" if any(own) else None)]
 
 
 def _resumable(inspection: Inspection) -> str:

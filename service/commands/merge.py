@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.binding import BaseIdentity, check_base_name
-from adapters.checkpoint import TopKCheckpoint, read_checkpoint
 from adapters.errors import AdapterError, BaseModelMismatch
 from adapters.factors import AdapterFactors
+from adapters.lora import ServedCheckpoint
 from adapters.merged_model import Architecture, MergedModel, MergeReport
+from adapters.reading import as_served, read_adapter
 from adapters.sharded import ShardedWeights
 from adapters.staging import check_free, staged_directory
 from adapters.store import digest_of_files
@@ -49,7 +50,7 @@ class _Member:
     """An adapter that was read, and what a server would call it by."""
 
     given: WeightedDirectory
-    checkpoint: TopKCheckpoint
+    checkpoint: ServedCheckpoint
     digest: str
 
 
@@ -94,12 +95,11 @@ def _read(member: WeightedDirectory) -> _Member:
         )
     with working(f"Reading {directory}"):
         try:
-            checkpoint = read_checkpoint(directory)
+            checkpoint = as_served(read_adapter(directory))
         except AdapterError as error:
             raise CommandError(f"{directory} is refused ({error.code}): {error.message}") from error
         files = {name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()}
-        compact = checkpoint if isinstance(checkpoint, TopKCheckpoint) else checkpoint.to_topk()
-        return _Member(member, compact, digest_of_files(files))
+        return _Member(member, checkpoint, digest_of_files(files))
 
 
 def _check_name(member: _Member, identity: BaseIdentity, model: str) -> str | None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from service.logs import printable
 
 if TYPE_CHECKING:  # both import torch, which not every command needs
-    from adapters.parameters import ParameterCount
+    from adapters.parameters import LoRAParameterCount, ParameterCount
     from adapters.targets import LayerShape
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -83,7 +83,7 @@ def show_layers(layers: Iterable[LayerShape]) -> None:
     show_columns(rows, indent="  ")
 
 
-def show_counts(count: ParameterCount) -> None:
+def show_counts(count: ParameterCount | LoRAParameterCount) -> None:
     """Every number of a parameter count, then the line that PEFT prints."""
     facts = {name: value for name, value in count.to_dict().items() if name not in ("storage", "summary")}
     show_facts((name, f"{value:,}" if isinstance(value, int) else value) for name, value in facts.items())

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.blend import blend
-from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.blend import weighted_sum
+from adapters.checkpoint import TopKCheckpoint
 from adapters.export import write_adapter
+from adapters.reading import AnyCheckpoint, as_served, read_adapter
 from service.commands import CommandError
 from service.engine.selection import Mode
 
@@ -47,24 +48,20 @@ def with_adapters(model: Any, adapters: Sequence[WeightedDirectory], mode: str, 
 
 def _one_adapter(model: Any, adapters: Sequence[WeightedDirectory], written: Path) -> Path:
     """A directory that PEFT loads: that of the only adapter, or one written anew."""
-    checkpoints = [(read_checkpoint(directory), weight) for directory, weight in adapters]
+    checkpoints = [(read_adapter(directory), weight) for directory, weight in adapters]
     if len(adapters) == 1 and adapters[0][1] == 1.0:
         if not _is_compact_in_16_bit(checkpoints[0][0]):
             return adapters[0][0]
         write_adapter(checkpoints[0][0], written)
     else:
-        members = [(_compact(checkpoint), weight) for checkpoint, weight in checkpoints]
-        write_adapter(blend(members, dict(model.named_parameters()).get), written)
+        members = [(as_served(checkpoint), weight) for checkpoint, weight in checkpoints]
+        write_adapter(weighted_sum(members, dict(model.named_parameters()).get), written)
     return written
 
 
-def _is_compact_in_16_bit(checkpoint: TopKCheckpoint | LogitsCheckpoint) -> bool:
+def _is_compact_in_16_bit(checkpoint: AnyCheckpoint) -> bool:
     """PEFT cannot load these. What is written instead has the same values, its weights in float32."""
     return isinstance(checkpoint, TopKCheckpoint) and checkpoint.weights.dtype != torch.float32
-
-
-def _compact(checkpoint: TopKCheckpoint | LogitsCheckpoint) -> TopKCheckpoint:
-    return checkpoint.to_topk() if isinstance(checkpoint, LogitsCheckpoint) else checkpoint
 
 
 def continuation(model: Any, device: torch.device) -> Callable[[Sequence[int]], Tensor]:

@@ -174,7 +174,8 @@ def test_what_is_no_form_is_refused(server: Server, body: bytes, headers: dict[s
 @pytest.mark.parametrize(
     ("config", "status", "code"),
     [
-        ({"peft_type": "LORA"}, 415, "unsupported_checkpoint"),
+        ({"peft_type": "ADALORA"}, 415, "unsupported_checkpoint"),
+        ({"peft_type": "LORA"}, 422, "missing_tensor"),
         ({"r": 0}, 422, "bad_config"),
         ({"num_vectors": 64}, 422, "shape_mismatch"),
         ({"target_modules": ["nothing"]}, 422, "unexpected_tensor"),

@@ -16,6 +16,7 @@ import torch
 from service.api.receipt import hash_of_tokens, id_of
 from service.cli import main
 from tests.factories import AdapterSpec, make_adapter, save_model, tiny_model
+from tests.lora_factory import make_lora
 from tests.server import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -58,7 +59,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     save_model(tiny_model("qwen2", seed=1), folder / "other-base")
     for name, spec in SPECS.items():
         make_adapter(model, spec, folder / name)
-    adapters = [f"--adapter={name}={folder / name}" for name in SPECS]
+    make_lora(model, folder / "plain", target_modules="all-linear", lora_alpha=3)
+    adapters = [f"--adapter={name}={folder / name}" for name in (*SPECS, "plain")]
     with Server("serve", "--model", str(folder / "base"), *adapters, data_dir=folder / "data") as server:
         yield Case(server, folder)
 
@@ -112,6 +114,8 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     **{name: {"adapter": name} for name in SPECS},
     "half of one": {"adapters": [{"name": "compact", "weight": 0.5}]},
     "blend": {"adapters": BLEND},
+    "plain LoRA": {"adapter": "plain"},
+    "blend with plain LoRA": {"adapters": [{"name": "plain", "weight": 0.6}, {"name": "compact", "weight": -0.4}]},
     "blend of biases": {"adapters": [{"name": "biased", "weight": 0.6}, {"name": "compact", "weight": 0.4}]},
 }
 

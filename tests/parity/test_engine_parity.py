@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.vblora import VBLoRALayer
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_greedy, peft_reference, save_model, tiny_model
+from tests.lora_factory import make_lora
 
 ARCHS: list[Arch] = ["llama", "qwen2", "gpt2"]
 TOKENS = 10
@@ -52,6 +54,8 @@ SELECTIONS: list[dict[str, float]] = [
     {"a": 0.6, "b": 0.4},
     {"b": -0.5, "c": 1.2},
     {"a": 0.3, "b": 0.3, "versioned": -0.3},
+    {"plain": 1.0},
+    {"plain": 0.6, "a": 0.5},
 ]
 
 
@@ -103,7 +107,7 @@ class Bench:
         for name, weight in weights:
             adapted = peft_reference(self.model, self.adapters[name]).base_model.model
             for module_name, module in adapted.named_modules():
-                if isinstance(module, VBLoRALayer):
+                if isinstance(module, (VBLoRALayer, LoraLayer)):
                     with torch.no_grad():
                         model.get_submodule(module_name).weight += weight * module.get_delta_weight("default")
         return model
@@ -116,7 +120,11 @@ class Bench:
 
 @pytest.fixture(scope="module", params=ARCHS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(request.param, tmp_path_factory.mktemp(request.param), SPECS)
+    bench = make_bench(request.param, tmp_path_factory.mktemp(request.param), SPECS)
+    ranks = {"layers.1.self_attn.v_proj": 7, "h.1.attn.c_attn": 7}
+    lora = {"target_modules": "all-linear", "lora_alpha": 3, "use_rslora": True, "rank_pattern": ranks}
+    bench.adapters["plain"] = make_lora(bench.model, bench.folder / "plain", **lora)
+    return bench
 
 
 def make_bench(arch: Arch, folder: Path, specs: Mapping[str, AdapterSpec], **overrides: Any) -> Bench:
@@ -205,7 +213,7 @@ def test_merged_and_restored_under_way(bench: Bench) -> None:
     prompt = tuple(b"merge me")
     greedy = SamplingParams(max_new_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     with bench.engine(max_batch_size=4) as engine:
-        for weights in ({"a": 1.0}, {"b": -0.5, "c": 1.2}):
+        for weights in ({"a": 1.0}, {"b": -0.5, "c": 1.2}, {"plain": 0.6, "a": 0.5}):
             merged = GenerationRequest("merged", prompt, greedy, bench.selection(weights, Mode.MERGE), n=2)
             answer = ask(engine, [merged])["merged"]
             assert isinstance(answer.end, FinishedEvent)

@@ -34,7 +34,7 @@ class ExportQuery(QueryModel):
 async def export_adapter(
     name: str, query: Annotated[ExportQuery, Query()], state: State, tenant: Tenant
 ) -> StreamingResponse:
-    """The adapter's current version: compact (`topk`), or with full logits, each with its chat template."""
+    """The adapter's current version: compact (`topk`), with full logits or as plain LoRA, with its chat template."""
     record = await to_thread.run_sync(state.store.visible, tenant, name)
     file = await to_thread.run_sync(pack, state, record, query.format, limiter=state.registering)
     headers = {

@@ -54,7 +54,8 @@ class RollbackRequest(RequestModel):
 class AdapterView(ResponseModel):
     """One adapter, its current version spelled out.
 
-    Times are Unix times in seconds. `mode` is null unless the adapter is active; `reason` unless it is FAILED.
+    Times are Unix times in seconds. `storage` is `topk`, `logits` or `lora`; of a plain LoRA adapter, what is VB-LoRA's
+    is null. `mode` is null unless the adapter is active; `reason` unless it is FAILED.
     """
 
     name: str
@@ -72,11 +73,11 @@ class AdapterView(ResponseModel):
     pins: int
     last_used: float | None
     r: int
-    num_vectors: int
-    vector_length: int
-    topk: int
+    num_vectors: int | None
+    vector_length: int | None
+    topk: int | None
     storage: str
-    vblora_params: int
+    vblora_params: int | None
     total_params: int
     resumable: bool = Field(description="Whether training can go on from these files")
     warnings: list[str]

@@ -33,28 +33,29 @@ class ParametersView(ResponseModel):
     """The count as PEFT's `print_savable_parameters` makes it; `summary` is the line that it prints.
 
     `vblora_params` is in float32-equivalents, the `topk_…_params` are raw element counts. `full_logits_params` is what
-    the same adapter counts with full logits, `lora_params` plain LoRA of the same rank on the same layers.
+    the same adapter counts with full logits, `lora_params` plain LoRA of the same rank on the same layers. Of a plain
+    LoRA adapter (`storage` is `lora`) `lora_params` is its own count, and whatever is VB-LoRA's is null.
     `adapter`, `digest` and `file_bytes` are null in an estimate.
     """
 
     adapter: str | None
     digest: str | None
     storage: str
-    vblora_params: int
+    vblora_params: int | None
     other_params: int
     total_params: int
-    vector_bank_params: int
-    logits_params: int
-    logit_positions: int
-    topk_indices_params: int
-    topk_weights_params: int
-    index_dtype: str
-    full_logits_params: int
+    vector_bank_params: int | None
+    logits_params: int | None
+    logit_positions: int | None
+    topk_indices_params: int | None
+    topk_weights_params: int | None
+    index_dtype: str | None
+    full_logits_params: int | None
     lora_params: int
     r: int
-    num_vectors: int
-    vector_length: int
-    topk: int
+    num_vectors: int | None
+    vector_length: int | None
+    topk: int | None
     file_bytes: int | None
     summary: str
 

@@ -17,6 +17,7 @@ from adapters.checkpoint import TopKCheckpoint, read_checkpoint
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
 from adapters.low_rank import LowRankBatch
+from adapters.reading import as_served, read_adapter
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.targets import BaseModules
 
@@ -45,8 +46,9 @@ def compact(path: Path) -> TopKCheckpoint:
 
 
 def factors(path: Path) -> AdapterFactors:
+    checkpoint = as_served(read_adapter(path))
     return AdapterFactors(
-        path.name, {layer.name: LayerFactors(a.contiguous(), b_t) for layer, a, b_t in compact(path).factors()}
+        path.name, {layer.name: LayerFactors(a.contiguous(), b_t) for layer, a, b_t in checkpoint.factors()}
     )
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.checkpoint import LARGEST_IN_BANK
 from adapters.factors import AdapterFactors, FactorStack, LayerFactors
 from adapters.layers import AdaptedModel, AdaptedModule
 from adapters.low_rank import LowRankBatch
 from adapters.targets import BaseModules
+from adapters.tensor_file import LARGEST_IN_FACTORS
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_logits, peft_reference, rewrite, tiny_model
 from tests.unit.adapters.support import BANK, PROMPT, adapted, alone, factors, token_logits
 
@@ -196,7 +196,7 @@ class TestBlends:
 class TestNeighbours:
     """What one row's adapter does, however wild, stays in its row."""
 
-    @pytest.mark.parametrize("scale", [1e6, LARGEST_IN_BANK])
+    @pytest.mark.parametrize("scale", [1e6, LARGEST_IN_FACTORS])
     @pytest.mark.parametrize("arch", ["llama", "opt"])
     def test_an_overflow_stays_in_its_row(self, scale: float, arch: Arch, written: Mapping[Arch, Mapping[str, Path]]):
         model = adapted(tiny_model(arch))
@@ -212,7 +212,7 @@ class TestNeighbours:
     def test_the_largest_bank_that_is_read_stays_in_its_row(self, tmp_path: Path):
         base = tiny_model("llama")
         source = make_adapter(base, AdapterSpec(topk=3, target_modules=ALL["llama"]), tmp_path / "source")
-        wild = factors(rewrite(source, tmp_path / "wild", {BANK: torch.full((32, 16), LARGEST_IN_BANK)}))
+        wild = factors(rewrite(source, tmp_path / "wild", {BANK: torch.full((32, 16), LARGEST_IN_FACTORS)}))
         rows = token_logits(adapted(base), PROMPTS[:2], LowRankBatch([wild], torch.tensor([[1.0], [0.0]])))
         close(rows[1], peft_logits(base, PROMPTS[1]))
 

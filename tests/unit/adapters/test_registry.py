@@ -384,7 +384,7 @@ class TestDeletion:
         register(registry, written["a"])
         assert registry.resident_bytes() == (0, 0)
 
-    @pytest.mark.parametrize("moment", ["digest_of", "read_checkpoint"])
+    @pytest.mark.parametrize("moment", ["digest_of", "read_adapter"])
     def test_deleted_while_it_is_read(
         self,
         moment: str,

@@ -35,6 +35,7 @@ from service.settings import Settings, SettingsError
 from tests.factories import AdapterSpec, make_adapter, rewrite, save_model, tiny_model
 from tests.fake_hub import FakeHub
 from tests.fixtures import Fixture, recorded_fixtures
+from tests.lora_factory import make_lora
 
 SMALL = ("--num-vectors", "32", "--vector-length", "16")
 
@@ -111,7 +112,7 @@ class TestCommandLine:
             (["serve", "--model", "m", "--config", "/none.toml"], "/none.toml cannot be read"),
             (["inspect"], "the following arguments are required: DIR; see vblora-serve inspect --help"),
             (["init", "--model", "m"], "give --output DIR to write the adapter, or --dry-run"),
-            (["export", "d", "--format", "lora", "--output", "o"], "invalid choice: 'lora'"),
+            (["export", "d", "--format", "gguf", "--output", "o"], "invalid choice: 'gguf'"),
         ],
     )
     def test_usage_errors(self, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -179,8 +180,8 @@ class TestInspect:
         assert err.startswith("refused (non_finite): base_model.vblora_vector_bank contains NaN")
 
     def test_refused_as_json(self, capsys: pytest.CaptureFixture[str], compact: Path, tmp_path: Path) -> None:
-        lora = rewrite(compact, tmp_path / "lora", config={"peft_type": "LORA"})
-        code, out, _ = run(capsys, "inspect", lora, "--json")
+        other = rewrite(compact, tmp_path / "other", config={"peft_type": "LOHA"})
+        code, out, _ = run(capsys, "inspect", other, "--json")
         assert code == 1
         assert json.loads(out)["error"]["code"] == "unsupported_checkpoint"
 
@@ -351,6 +352,41 @@ class TestExport:
         code, _, err = run(capsys, "export", full, "--format", "topk", "--output", compact)
         assert code == 1
         assert "already exists" in err
+
+
+class TestPlainLora:
+    @pytest.fixture
+    def plain(self, model: PreTrainedModel, tmp_path: Path) -> Path:
+        fields: dict[str, Any] = {"target_modules": ["q_proj"], "lora_alpha": 3, "use_rslora": True}
+        return make_lora(model, tmp_path / "plain", rank_pattern={"layers.1.*": 2}, **fields)
+
+    def test_inspect(self, capsys: pytest.CaptureFixture[str], plain: Path, base: Path) -> None:
+        code, out, _ = run(capsys, "inspect", plain, "--model", base)
+        assert code == 0
+        assert "plain LoRA      alpha 3, divided by √rank" in out
+        assert "patterns        1 of ranks, 0 of alphas" in out
+        assert "storage         lora, " in out
+        assert "resumable       yes" in out
+        assert "\nLoRA params to-be-saved: 768 || total params to-be-saved: 768\n" in out
+        assert "vblora" not in out
+        found = run_json(capsys, "inspect", plain)
+        assert (found["parameters"]["lora_params"], found["parameters"]["num_vectors"]) == (768, None)
+
+    def test_blended_with_vb_lora_it_is_a_lora(
+        self, capsys: pytest.CaptureFixture[str], plain: Path, compact: Path, tmp_path: Path
+    ) -> None:
+        code, out, _ = run(capsys, "blend", f"{plain}:0.5", f"{compact}:-1", "--output", tmp_path / "out")
+        assert code == 0
+        assert "rank 8, plain LoRA" in out
+        assert run_json(capsys, "inspect", tmp_path / "out")["parameters"]["storage"] == "lora"
+
+    def test_export(self, capsys: pytest.CaptureFixture[str], plain: Path, compact: Path, tmp_path: Path) -> None:
+        assert run(capsys, "export", compact, "--format", "lora", "--output", tmp_path / "out")[0] == 0
+        assert run_json(capsys, "inspect", tmp_path / "out")["parameters"]["storage"] == "lora"
+        code, _, err = run(capsys, "export", plain, "--format", "topk", "--output", tmp_path / "back")
+        assert code == 1
+        assert "export it as 'lora'" in err
+        assert not (tmp_path / "back").exists()
 
 
 class TestServe:

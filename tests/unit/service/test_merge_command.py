@@ -19,6 +19,7 @@ from adapters.binding import replaced_parameters
 from adapters.errors import InvalidSafetensors, InvalidSelection, MissingTensor, UnsupportedCheckpoint
 from adapters.factors import AdapterFactors
 from adapters.merge import Merger
+from adapters.reading import read_adapter
 from adapters.sharded import INDEX_FILE
 from service.cli import main
 from service.commands import CommandError, merge
@@ -37,7 +38,8 @@ from tests.factories import (
     save_model,
     tiny_model,
 )
-from tests.unit.adapters.support import PROMPT, adapted, alone, compact, factors
+from tests.lora_factory import make_lora
+from tests.unit.adapters.support import PROMPT, adapted, alone, factors
 
 ARCHS: list[Arch] = ["llama", "qwen2", "gpt2", "opt"]
 ALL = [*ARCHS, "llama tied", "gpt2 untied"]
@@ -68,7 +70,7 @@ def served_greedy(base: Path, *members: tuple[Path, float]) -> list[int]:
     """What a server's model writes with the selection beside its weights."""
     model = load_base(str(base), dtype="float32", device="cpu").adapted
     present = [
-        AdapterFactors(path.name, factors(path).layers, replaced_parameters(compact(path).extras, model.tensor))
+        AdapterFactors(path.name, factors(path).layers, replaced_parameters(read_adapter(path).extras, model.tensor))
         for path, _ in members
     ]
     ids = list(PROMPT)
@@ -110,6 +112,21 @@ def test_a_blend_with_saved_modules_and_biases_generates_what_the_server_generat
     assert greedy(result) != greedy(model)
     assert result.config.tie_word_embeddings is False
     assert result.get_input_embeddings().weight is not result.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_plain_lora_alone_and_beside_vblora(kind: str, tmp_path: Path) -> None:
+    model = made(kind)
+    base = save_model(model, tmp_path / "base")
+    vblora = make_adapter(model, AdapterSpec(seed=1), tmp_path / "vblora")
+    lora = make_lora(model, tmp_path / "lora", target_modules="all-linear", lora_alpha=3, use_rslora=True)
+    alone = merged(tmp_path / "alone", base, (lora, 1.0))
+    reference = peft_reference(model, lora)
+    torch.testing.assert_close(peft_logits(alone, PROMPT), peft_logits(reference, PROMPT), rtol=0, atol=5e-4)
+    assert greedy(alone) == peft_greedy(reference, PROMPT, TOKENS) != greedy(model)
+    both = merged(tmp_path / "both", base, (vblora, 0.6), (lora, -0.8))
+    assert greedy(both) == served_greedy(base, (vblora, 0.6), (lora, -0.8))
+    assert len({tuple(greedy(each)) for each in (model, alone, both)}) == 3
 
 
 class TestTied:
