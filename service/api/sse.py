@@ -17,10 +17,14 @@ from service.api.errors import CLIENT_DISCONNECTED, ApiError, api_error, note_er
 
 DONE = "data: [DONE]\n\n"
 
+# Lines of events end with \n or \r, but many clients split at whatever Unicode calls a line's end. JSON leaves these as
+# they are; the others are control characters, which it escapes.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+
 
 def data_frame(payload: str) -> str:
-    """One event whose data is a line of JSON."""
-    return f"data: {payload}\n\n"
+    """One event whose data is a line of JSON, to clients with any notion of a line."""
+    return f"data: {payload.translate(_LINE_ENDS)}\n\n"
 
 
 def error_frame(error: ApiError) -> str:
