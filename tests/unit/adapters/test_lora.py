@@ -86,7 +86,7 @@ def factors_of(checkpoint: ServedCheckpoint, model: AdaptedModel, name: str) -> 
     """With what it replaces, once its layout was held against the model."""
     check_layout(checkpoint.layout, model)
     layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in checkpoint.factors()}
-    return AdapterFactors(name, layers, replaced_parameters(checkpoint.extras, model))
+    return AdapterFactors(name, layers, replaced_parameters(checkpoint.extras, model.tensor))
 
 
 @pytest.mark.parametrize("form", FORMS)
