@@ -16,6 +16,7 @@ from adapters.reading import as_served, read_adapter
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.commands import CommandError
+from service.commands.base import check_model
 from service.commands.output import say, show_json, working
 
 
@@ -36,7 +37,7 @@ class WeightedDirectory:
 
 
 def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None, as_json: bool) -> int:
-    """Writes the blend of the members to `output`. Raises AdapterError, FileExistsError or BaseModelError."""
+    """Writes the blend of the members to `output`. Raises AdapterError, FileExistsError or CommandError."""
     read = []
     for member in members:
         with working(f"Reading {member.directory}"):
@@ -79,7 +80,11 @@ def _digest(directory: Path) -> str:
 
 
 def _base(model: str) -> BaseTensor:
-    from service.engine.base_model import load_base  # transformers, which is slow to import
-
+    check_model(model)
     with working(f"Loading {model}"):
-        return load_base(model, dtype="float32", device="cpu").adapted.tensor
+        from service.engine.base_model import BaseModelError, load_base  # transformers: seconds to import
+
+        try:
+            return load_base(model, dtype="float32", device="cpu").adapted.tensor
+        except BaseModelError as error:
+            raise CommandError(str(error)) from error

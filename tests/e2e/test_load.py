@@ -377,7 +377,7 @@ def samples(server: Server) -> dict[str, float]:
 
 
 async def test_memory_is_flat(client: LoadClient, observer: Observer, server: Server, stage: Stage) -> None:
-    """Rounds of everything: what the last ones add is little beside what the first ones did."""
+    """Half a minute of everything: what the last rounds add is little beside what the first ones did."""
     mix = Mix(ADAPTERS, leaving=0.2)
 
     async def rounds(first: int, last: int) -> Gauges:
@@ -390,9 +390,9 @@ async def test_memory_is_flat(client: LoadClient, observer: Observer, server: Se
             assert answer.status_code == 201
         return observer.wait()
 
-    warm = await rounds(0, 4)
-    middle = await rounds(4, 8)
-    end = await rounds(8, 12)
+    warm = await rounds(0, 10)
+    middle = await rounds(10, 25)
+    end = await rounds(25, 40)
     assert end.resident_bytes - middle.resident_bytes < MOST_GROWTH, (warm, middle, end)
     assert server.http.delete("/v1/adapters/kept").status_code == 204
 

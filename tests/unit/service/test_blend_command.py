@@ -61,6 +61,11 @@ def test_saved_modules_need_the_base(trained: Path, tmp_path: Path, capsys: pyte
     assert main(["blend", *arguments]) == 1
     assert "name the base model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    for nowhere in (trained / "nowhere", trained):
+        assert main(["blend", *arguments, "--model", str(nowhere)]) == 1
+        message = capsys.readouterr().err
+        assert str(nowhere) in message
+        assert "bug" not in message
     assert main(["blend", *arguments, "--model", str(trained / "base")]) == 0
     assert "rank 8" in capsys.readouterr().out
     (head,) = compact(tmp_path / "out").extras.values()
