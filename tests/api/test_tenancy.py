@@ -260,6 +260,27 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
     }
 
 
+# What a client can make of a route's path, for it to look like another one, or like none.
+TRICKS = ("{}\n", "{}\n\n", "\n{}", "{}/", "/{}", "{} ", "{}\0", "{}\r", "{}?", "{}#", "{}%0A", "{};x", "/docs/..{}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("trick", TRICKS)
+async def test_no_way_to_write_a_path_changes_what_it_takes(server: Server, trick: str) -> None:
+    """As the application is given paths: with their escapes undone."""
+
+    async def status(method: str, path: str, key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        async with exchange(server.app, method, path, body={}, headers=headers) as client:
+            return await client.status()
+
+    for method, path in all_routes():
+        scope = access_to(method, path, metrics_public=False).scope
+        if scope is not None:
+            other = {Scope.INFER: "acme-admin", Scope.ADMIN: "acme-infer"}[scope]
+            assert await status(method, trick.format(path), other) in (403, 404, 405), path
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(("key", "status"), [("wrong", 401), ("acme-infer", 403)])
 async def test_without_the_right_no_body_is_read(server: Server, key: str, status: int) -> None:
