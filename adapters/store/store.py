@@ -32,6 +32,7 @@ from adapters.store.reserve import Reserve
 logger = logging.getLogger(__name__)
 
 MODES = ("switch", "merge")
+PRIVATE_DIRECTORIES = ("blobs", "tmp", "quarantine")
 
 _ROWS_AT_A_TIME = 500
 
@@ -39,6 +40,7 @@ _ROWS_AT_A_TIME = 500
 class AdapterStore:
     """A data directory, owned by this process until `close`. Every method may be called from any thread.
 
+    `directories` are those in it with adapters' files, of all tenants: nobody's to read but by name.
     Digests are written "sha256:<64 hex>" here as everywhere. Names belong to tenants; "" is the shared tenant.
     When a method returns, what it did survives the process and, as far as the disk keeps its word, the power.
 
@@ -59,6 +61,7 @@ class AdapterStore:
         self._reserved = frozenset(reserved)
         self._lock = threading.RLock()  # around every use of the connection, and every change of blobs/
         data_dir = data_dir.absolute()
+        self.directories = tuple(data_dir / name for name in PRIVATE_DIRECTORIES)
         with ExitStack() as opened, storage_errors():
             make_directory(data_dir)
             opened.callback(DirectoryLock(data_dir).release)
