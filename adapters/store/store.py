@@ -212,6 +212,18 @@ class AdapterStore:
         self._backup.note_change()
         return activation
 
+    def reactivate(self, activation: Activation) -> None:
+        """Make the tenant's default what it was: that very adapter, whatever the tenant sees under its name by now.
+
+        One that has been deleted meanwhile leaves the tenant without a default.
+        """
+        with self._writing() as catalog:
+            if catalog.find(activation.owner, activation.name) is not None:
+                catalog.activate(activation)
+            elif (current := catalog.active(activation.tenant)) is not None:
+                catalog.deactivate(activation.tenant, current.name)
+        self._backup.note_change()
+
     def deactivate(self, tenant: str, name: str) -> bool:
         """Leave the tenant without a default; whether that adapter, existing or not, was it."""
         with self._writing() as catalog:

@@ -10,6 +10,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
+from adapters.errors import UnsupportedCheckpoint
 from service.api.access import Access, access_to
 from service.api.keys import ApiKey, Scope
 from tests.api.asgi import exchange
@@ -176,7 +177,7 @@ def test_pages_hold_ones_own_and_the_shared_ones_in_order(acme: Client, rival: C
     assert operator.names() == ["a", "c", "e", "g"]
 
 
-def test_each_tenant_has_its_own_default(acme: Client, rival: Client, operator: Client) -> None:
+def test_each_tenant_has_its_own_default(server: Server, acme: Client, rival: Client, operator: Client) -> None:
     operator.upload("common", "one")
     acme.upload("mine", "two", activate="true")
     assert acme.generate().headers["x-adapter-digest"] == acme.digest("mine")
@@ -187,6 +188,9 @@ def test_each_tenant_has_its_own_default(acme: Client, rival: Client, operator: 
     assert rival.generate().headers["x-adapter-digest"] == operator.digest("common")
     assert operator.ask("GET", "/v1/adapters/common").json()["active"] is False
     rival.upload("common", "logits")
+    rival.upload("mine", "two")
+    server.engine.fold_error = UnsupportedCheckpoint("the base is quantized")
+    assert rival.ask("POST", "/v1/adapters/mine/activate", json={"mode": "merge"}).status_code == 415
     assert rival.generate().headers["x-adapter-digest"] == operator.digest("common"), "what was activated"
     assert rival.ask("GET", "/v1/adapters/common").json()["active"] is False
     operator.ask("DELETE", "/v1/adapters/common")
