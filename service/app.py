@@ -16,6 +16,7 @@ from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
 from service.api.middleware.cors import CrossOrigin
+from service.api.middleware.pages import ForeignPages
 from service.api.middleware.uncaught import UncaughtErrors
 from service.api.routes import (
     activation,
@@ -76,6 +77,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     # Added innermost first.
     app.add_middleware(BodyLimits, settings=state.settings)
     app.add_middleware(Authentication, keys=state.keys, metrics_public=state.settings.metrics_public)
+    app.add_middleware(ForeignPages, keys=state.keys, origins=state.settings.cors_origins)
     app.add_middleware(UncaughtErrors)
     if state.settings.cors_origins:
         app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)

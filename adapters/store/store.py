@@ -32,6 +32,7 @@ from adapters.store.reserve import Reserve
 logger = logging.getLogger(__name__)
 
 MODES = ("switch", "merge")
+PRIVATE_DIRECTORIES = ("blobs", "tmp", "quarantine")
 
 _ROWS_AT_A_TIME = 500
 
@@ -39,6 +40,7 @@ _ROWS_AT_A_TIME = 500
 class AdapterStore:
     """A data directory, owned by this process until `close`. Every method may be called from any thread.
 
+    `directories` are those in it with adapters' files, of all tenants: nobody's to read but by name.
     Digests are written "sha256:<64 hex>" here as everywhere. Names belong to tenants; "" is the shared tenant.
     When a method returns, what it did survives the process and, as far as the disk keeps its word, the power.
 
@@ -59,6 +61,7 @@ class AdapterStore:
         self._reserved = frozenset(reserved)
         self._lock = threading.RLock()  # around every use of the connection, and every change of blobs/
         data_dir = data_dir.absolute()
+        self.directories = tuple(data_dir / name for name in PRIVATE_DIRECTORIES)
         with ExitStack() as opened, storage_errors():
             make_directory(data_dir)
             opened.callback(DirectoryLock(data_dir).release)
@@ -208,6 +211,18 @@ class AdapterStore:
             catalog.activate(activation)
         self._backup.note_change()
         return activation
+
+    def reactivate(self, activation: Activation) -> None:
+        """Make the tenant's default what it was: that very adapter, whatever the tenant sees under its name by now.
+
+        One that has been deleted meanwhile leaves the tenant without a default.
+        """
+        with self._writing() as catalog:
+            if catalog.find(activation.owner, activation.name) is not None:
+                catalog.activate(activation)
+            elif (current := catalog.active(activation.tenant)) is not None:
+                catalog.deactivate(activation.tenant, current.name)
+        self._backup.note_change()
 
     def deactivate(self, tenant: str, name: str) -> bool:
         """Leave the tenant without a default; whether that adapter, existing or not, was it."""

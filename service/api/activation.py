@@ -51,7 +51,7 @@ def _restore(state: ServerState, tenant: str, name: str, before: Activation | No
     if before is None:
         state.store.deactivate(tenant, name)
     else:
-        state.store.activate(tenant, before.name, before.mode)
+        state.store.reactivate(before)
 
 
 def _show(state: ServerState, tenant: str, name: str) -> AdapterView:

@@ -5,9 +5,12 @@ Nothing else is ever taken from an upload, a directory or the Hub. No torch here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES
+from adapters.errors import AdapterNotFound
 from adapters.safetensors_header import WEIGHTS_FILE
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -33,3 +36,15 @@ MOST_BYTES: Mapping[str, int] = {
     TOKENIZER_CONFIG_FILE: MAX_OPTIONAL_BYTES,
     CHAT_TEMPLATE_FILE: MAX_OPTIONAL_BYTES,
 }
+
+
+@contextmanager
+def unless_deleted(directory: Path) -> Iterator[None]:
+    """While the files of a stored adapter are read. Raises AdapterNotFound if they have been deleted by the end."""
+    try:
+        yield
+    except FileNotFoundError:
+        if directory.is_dir():
+            raise
+    if not directory.is_dir():
+        raise AdapterNotFound("the adapter was deleted", subject=f"sha256:{directory.name}")

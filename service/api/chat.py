@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from service.api.adapter_files import unless_deleted
 from service.api.chat_files import chat_template_of
 from service.api.deps import ServerState
 from service.api.errors import ApiError
@@ -79,7 +80,7 @@ def render_chat(
 def template_of(state: ServerState, selection: Selection) -> str | None:
     """The adapters' own template, None if they bring none. Reads the store.
 
-    Raises ApiError if a blend's adapters bring different ones.
+    Raises ApiError if a blend's adapters bring different ones, AdapterNotFound if one has been deleted meanwhile.
     """
     found = {_stored_template(state.store.path(adapter.digest)) for adapter in selection.adapters} - {None}
     if len(found) > 1:
@@ -93,8 +94,9 @@ def template_of(state: ServerState, selection: Selection) -> str | None:
 
 @lru_cache(_TEMPLATES_KEPT)
 def _stored_template(directory: Path) -> str | None:
-    """What is stored under a digest never changes."""
-    return chat_template_of(directory)
+    """What is stored under a digest never changes, but it may go, and come back: only what is there is remembered."""
+    with unless_deleted(directory):
+        return chat_template_of(directory)
 
 
 def _as_template_reads(message: Message) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from adapters.export import converted, write_files
 from adapters.parameters import Storage
 from adapters.reading import AnyCheckpoint
 from adapters.store import AdapterRecord
-from service.api.adapter_files import ADAPTER_FILES, OPTIONAL_FILES
+from service.api.adapter_files import ADAPTER_FILES, OPTIONAL_FILES, unless_deleted
 from service.api.deps import ServerState
 
 ExportFormat = Literal["topk", "logits", "lora"]
@@ -34,7 +34,7 @@ def pack(state: ServerState, record: AdapterRecord, format: ExportFormat) -> IO[
             directory.mkdir()
             write_files(_converted(state, record, format), directory)
         path = staged / "archive"
-        with tarfile.open(path, "x") as archive:
+        with unless_deleted(stored), tarfile.open(path, "x") as archive:
             for name in ADAPTER_FILES:
                 source = (stored if name in OPTIONAL_FILES else directory) / name
                 if source.is_file():

@@ -77,7 +77,6 @@ class Observation:
         outputs = ["".join(parts) for each in generations for parts in each.texts or ()]
         return {
             "generation_id": self._generation_id,
-            "tenant": first.tenant or None,
             "selection": first.selection.names,
             "digest": first.selection.header,
             "mode": finished[-1].mode if finished else str(first.selection.mode),

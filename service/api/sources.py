@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from service.api.deps import ApiSettings
+from service.api.deps import ApiSettings, ServerState
 from service.api.directories import copy_directory
 from service.api.errors import ApiError
 from service.api.hub import fetch_from_hub
@@ -17,19 +18,20 @@ from service.api.source_errors import bad_source
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def fetch_source(source: str, staged: Path, settings: ApiSettings) -> str:
+def fetch_source(source: str, staged: Path, state: ServerState) -> str:
     """Stages the adapter that a client names, where the operator allows it; where it came from, commit included.
 
     Links to a directory are resolved before it is asked whether it lies in an allowed one; links among its files are
-    not followed. Blocks on the disk or the network. Raises ApiError: `forbidden` outside of what is allowed, else as
-    `copy_directory` and `fetch_from_hub` say.
+    not followed. What the store keeps is never allowed. Blocks on the disk or the network. Raises ApiError: `forbidden`
+    outside of what is allowed, else as `copy_directory` and `fetch_from_hub` say.
     """
+    settings = state.settings
     if source.startswith(SCHEME):
         repo = _allowed_repo(source, settings)
         return str(
             fetch_from_hub(repo, staged, max_bytes=settings.max_upload_bytes, timeout_s=settings.source_timeout_s)
         )
-    directory = _allowed_directory(source, settings)
+    directory = _allowed_directory(source, settings.allow_source, state.store.directories)
     copy_directory(directory, staged, max_bytes=settings.max_upload_bytes)
     return str(directory)
 
@@ -60,7 +62,7 @@ def _repo(source: str) -> HubRepo:
         raise bad_source(str(error)) from error
 
 
-def _allowed_directory(source: str, settings: ApiSettings) -> Path:
+def _allowed_directory(source: str, allowed: Iterable[Path], private: Iterable[Path]) -> Path:
     if match := _URL.match(source):
         raise bad_source(
             f"sources at {match[0]} are not supported: give hf://org/repo, or download the adapter and upload its files"
@@ -68,9 +70,13 @@ def _allowed_directory(source: str, settings: ApiSettings) -> Path:
     if "\0" in source or not os.path.isabs(source):
         raise bad_source(f"{source!r} is not an absolute path: give the adapter's directory on the server")
     directory = Path(os.path.realpath(source))
-    if any(directory.is_relative_to(os.path.realpath(root)) for root in settings.allow_source):
+    if _is_within(directory, allowed) and not _is_within(directory, private):
         return directory
     raise _forbidden(source, "start it with --allow-source and a directory that holds them")
+
+
+def _is_within(directory: Path, roots: Iterable[Path]) -> bool:
+    return any(directory.is_relative_to(os.path.realpath(root)) for root in roots)
 
 
 def _forbidden(source: str, otherwise: str) -> ApiError:

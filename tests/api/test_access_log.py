@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service.api.keys import ApiKey
 from service.api.observation import Observation
 from service.engine.errors import Overloaded
 from service.engine.events import FailedEvent, FinishedEvent, FinishReason, Timing, TokenEvent, Usage
@@ -52,6 +53,23 @@ def the_line(stream: io.StringIO) -> dict[str, Any]:
     (line,) = access_lines(stream)
     fields: dict[str, Any] = json.loads(line)
     return fields
+
+
+def test_whose_request_it_was_is_told_of_every_one(
+    make_server: Callable[..., Server], logged: Callable[..., io.StringIO]
+) -> None:
+    server = make_server([ApiKey.of("one", tenant="acme", label="ci"), ApiKey.of("two", label="ci")])
+    for key, tenant in (("one", "acme"), ("two", None)):
+        for path in ("/v1/adapters/none", "/v1/generate"):
+            written = logged("json")
+            server.client.request(
+                "POST" if path == "/v1/generate" else "DELETE",
+                path,
+                headers={"authorization": f"Bearer {key}"},
+                json={"prompt": "hi"},
+            )
+            line = the_line(written)
+            assert (line["path"], line["key"], line.get("tenant")) == (path, "ci", tenant)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -297,7 +315,6 @@ def test_of_several_prompts_tokens_are_summed_and_the_longest_times_count() -> N
     assert fields.pop("first_token_s") >= LATER - time.monotonic()
     assert fields == {
         "generation_id": "answer",
-        "tenant": "acme",
         "selection": "sql:2",
         "digest": "sha256:sql:2",
         "mode": "switch",

@@ -8,7 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.errors import AdapterNotFound
+from service.api.chat import template_of
 from service.api.schemas.chat import ChatRequest
+from service.api.selection import resolve
+from service.engine.selection import SelectionSpec
 from service.engine.sequence import SamplingParams
 from tests.api.conftest import BASE, Server, error_of
 from tests.api.test_completions import events_of
@@ -173,6 +177,16 @@ def test_an_adapters_own_template_is_used(server: Server) -> None:
     assert prompt_of(server) == "hi"
     error = error_of(chat(server, model="own+other"), 400, "invalid_request")
     assert "different chat templates" in error["message"]
+
+
+def test_the_template_of_what_is_deleted_meanwhile_is_found_when_it_is_back(server: Server) -> None:
+    bring_template(server, "own", "{{ messages[0].content }}")
+    selection = resolve(server.state, "", SelectionSpec.of("own", None))
+    server.client.delete("/v1/adapters/own")
+    with pytest.raises(AdapterNotFound):
+        template_of(server.state, selection)
+    bring_template(server, "own", "{{ messages[0].content }}")
+    assert template_of(server.state, selection) == "{{ messages[0].content }}"
 
 
 def bring_template(server: Server, name: str, template: str, adapter: str = "one", *, as_config: bool = False) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from service.api.keys import ApiKey
+from tests.api.asgi import exchange
 from tests.api.conftest import Server, error_of
 
 PAGE = "https://page.example"
@@ -101,3 +103,45 @@ def test_every_origin(make_server: Callable[..., Server]) -> None:
 def test_what_is_no_preflight_needs_a_key(server: Server) -> None:
     response = server.client.options("/v1/generate", headers={"origin": PAGE})
     error_of(response, 401, "unauthorized")
+
+
+def test_without_keys_a_page_of_another_site_changes_nothing(make_server: Callable[..., Server]) -> None:
+    """What it may send without a preflight: forms, and nothing at all."""
+    server = make_server(cors_origins=(PAGE,))
+    server.upload("sql")
+
+    def send(path: str, origin: str, site: str, **options: Any) -> int:
+        headers = {"origin": origin, "sec-fetch-site": site}
+        return server.client.post(path, headers=headers, **options).status_code
+
+    for origin, site, refused in (
+        (OTHER, "cross-site", True),
+        ("null", "cross-site", True),
+        (PAGE, "cross-site", False),
+        ("http://testserver", "same-origin", False),
+        ("http://localhost:3000", "same-site", False),
+    ):
+        form = {"data": {"name": "other"}, "files": server.form("two")}
+        assert send("/v1/adapters?replace=true", origin, site, **form) == (403 if refused else 201)
+        assert send("/v1/adapters/sql/activate", origin, site) == (403 if refused else 200)
+        server.client.post("/v1/adapters/sql/deactivate")
+    asked = {"origin": OTHER, "sec-fetch-site": "cross-site"}
+    assert server.client.get("/docs", headers=asked).status_code == 200, "a link leads here"
+    assert (
+        "--cors-origin"
+        in error_of(server.client.delete("/v1/adapters/sql", headers=asked), 403, "forbidden")["message"]
+    )
+
+
+def test_a_page_that_has_a_key_is_no_stranger(server: Server) -> None:
+    asked = {"origin": OTHER, "sec-fetch-site": "cross-site"}  # as a proxy hands it on that answers for CORS itself
+    assert server.client.post("/v1/generate", json={"prompt": "hi"}, headers={**asked, **KEY}).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_of_a_page_of_another_site_no_body_is_read(make_server: Callable[..., Server]) -> None:
+    headers = {"origin": OTHER, "sec-fetch-site": "cross-site"}
+    async with exchange(make_server().app, "POST", "/v1/generate", body={"prompt": "hi"}, headers=headers) as client:
+        assert await client.status() == 403
+        await client.end()
+        assert client.reads == 0

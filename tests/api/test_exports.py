@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
+from adapters.errors import AdapterNotFound
+from service.api.exports import ExportFormat, pack
 from tests.api.conftest import Server, error_of
 from tests.api.test_chat import bring_template
 
@@ -34,6 +36,15 @@ def test_in_its_own_storage_it_is_what_was_uploaded(server: Server, adapter: str
         "adapter_config.json": form["config"],
         "adapter_model.safetensors": form["weights"],
     }
+
+
+@pytest.mark.parametrize("format", ["topk", "logits", "lora"])
+def test_what_is_deleted_meanwhile_is_no_empty_archive(server: Server, format: ExportFormat) -> None:
+    server.upload("mine")
+    record = server.store.visible("", "mine")
+    server.client.delete("/v1/adapters/mine")
+    with pytest.raises(AdapterNotFound):
+        pack(server.state, record, format)
 
 
 def test_in_the_other_storage_it_computes_the_same(server: Server, tmp_path: Path) -> None:

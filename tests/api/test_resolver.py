@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from adapters.errors import AdapterNotFound
 from service.api.errors import ApiError
 from service.api.hub_ids import HubTemplate
+from service.api.keys import ApiKey
 from service.api.resolver import (
     FAILURE_REMEMBERED_S,
     MOST_FAILURES,
@@ -39,6 +41,10 @@ def root(tmp_path: Path, adapter_dirs: dict[str, Path]) -> Path:
     for name in ("one", "two"):
         shutil.copytree(adapter_dirs[name], tmp_path / "root" / name)
     return tmp_path / "root"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 def resolving(server: Server, *sources: NameSource) -> Server:
@@ -135,6 +141,27 @@ class TestOverHttp:
         assert server.generate(adapter="base").status_code == 200
         assert server.generate().status_code == 200
         assert source.asked == []
+
+    def test_a_foreign_name_is_looked_up_like_one_that_nobody_has(
+        self, make_server: Callable[..., Server], source: FakeSource
+    ) -> None:
+        server = resolving(make_server([ApiKey.of(name, tenant=name) for name in ("acme", "rival")]), source)
+        for name in ("sql", "secret"):
+            server.client.post("/v1/adapters", data={"name": name}, files=server.form("two"), headers=bearer("acme"))
+
+        def ask(name: str, tenant: str) -> httpx.Response:
+            body = {"prompt": "hi", "adapter": name}
+            return server.client.post("/v1/generate", json=body, headers=bearer(tenant))
+
+        refused = error_of(ask("secret", "rival"), 404, "adapter_not_found")["message"]
+        assert (
+            refused.replace("secret", "nobody") == error_of(ask("nobody", "rival"), 404, "adapter_not_found")["message"]
+        )
+        assert source.asked == ["secret", "nobody"]
+        found = ask("sql", "rival").headers["x-adapter-digest"]
+        assert found == server.digest("sql"), "it is registered for all"
+        assert ask("sql", "acme").headers["x-adapter-digest"] == server.store.get("acme", "sql").digest != found
+        assert source.asked == ["secret", "nobody", "sql"]
 
     def test_a_bug_is_not_shown(self, server: Server, source: FakeSource, caplog: pytest.LogCaptureFixture) -> None:
         source.error = ZeroDivisionError("a secret")

@@ -88,6 +88,25 @@ def test_outside_of_what_is_allowed_is_forbidden(server: Server, root: Path, tmp
     server.assert_nothing_left()
 
 
+def test_the_store_is_no_source(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Else whoever knows the digest of a foreign adapter, from a receipt for one, could register it as his own."""
+    server = make_server(allow_source=(Path("/"),))
+    (tmp_path / "link").symlink_to(server.data_dir)
+    server.upload("secret", "two")
+    stored = server.store.path(server.digest("secret"))
+    shutil.copytree(stored, server.data_dir / "quarantine" / "x")
+    sources = [stored, tmp_path / "link" / stored.relative_to(server.data_dir), server.data_dir / "quarantine" / "x"]
+    for source in sources:
+        error_of(load(server, source), 403, "forbidden")
+        error_of(
+            server.client.post("/v1/load_lora_adapter", json={"lora_name": "sql", "lora_path": str(source)}),
+            403,
+            "forbidden",
+        )
+    shutil.copytree(stored, server.data_dir / "incoming")
+    assert load(server, server.data_dir / "incoming").status_code == 201, "the rest of the directory is the operator's"
+
+
 def test_without_an_allowed_root_everything_is_forbidden(make_server: Callable[..., Server], root: Path) -> None:
     error_of(load(make_server(), root / "sql"), 403, "forbidden")
 

@@ -10,6 +10,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
+from adapters.errors import UnsupportedCheckpoint
 from service.api.access import Access, access_to
 from service.api.keys import ApiKey, Scope
 from tests.api.asgi import exchange
@@ -77,6 +78,8 @@ def test_a_foreign_adapter_does_not_exist(acme: Client, rival: Client, operator:
         asked: list[tuple[str, str, Any]] = [
             ("GET", "/v1/adapters/secret", None),
             ("GET", "/v1/adapters/secret/parameters", None),
+            ("GET", "/v1/adapters/secret/export", None),
+            ("GET", "/v1/adapters/secret/export?format=lora", None),
             ("DELETE", "/v1/adapters/secret", None),
             ("POST", "/v1/adapters/secret/activate", None),
             ("POST", "/v1/adapters/secret/deactivate", None),
@@ -89,6 +92,9 @@ def test_a_foreign_adapter_does_not_exist(acme: Client, rival: Client, operator:
             ("POST", "/v1/completions", {"prompt": "hi", "model": f"secret@{digest}:0.5"}),
             ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "model": "secret"}),
             ("POST", "/generate", {"inputs": "hi", "parameters": {"adapter_id": "secret"}}),
+            ("POST", "/generate_stream", {"inputs": "hi", "parameters": {"adapter_id": f"secret@{digest}"}}),
+            ("POST", "/generate", {"inputs": "hi", "parameters": {"merged_adapters": {"ids": ["secret"]}}}),
+            ("POST", "/v1/blends", {"name": "mixed", "adapters": [{"name": "secret", "weight": 0.5}]}),
             ("POST", "/tokenize", {"model": "secret", "messages": [{"role": "user", "content": "x"}]}),
         ]
         for method, path, body in asked:
@@ -101,6 +107,35 @@ def test_a_foreign_adapter_does_not_exist(acme: Client, rival: Client, operator:
         assert [model["id"] for model in other.ask("GET", "/v1/models").json()["data"]] == [BASE]
         assert other.ask("GET", "/v1/parameters").json()["adapters"] == []
     assert acme.generate(adapter="secret").status_code == 200
+    assert {path.replace("secret", "x") for _, path, _ in asked} >= {
+        path for _, path in all_routes() if path.startswith("/v1/adapters/")
+    }
+
+
+def test_a_foreign_version_is_none_of_ones_own(acme: Client, rival: Client) -> None:
+    acme.upload("sql", "one")
+    rival.upload("sql", "two")
+    foreign = acme.digest("sql")
+    asked: list[tuple[str, Any]] = [
+        ("/v1/generate", {"prompt": "hi", "adapter": f"sql@{foreign}"}),
+        ("/v1/completions", {"prompt": "hi", "model": f"sql@{foreign}"}),
+        ("/v1/blends", {"name": "mixed", "adapters": [{"name": f"sql@{foreign}", "weight": 1.0}]}),
+        ("/v1/adapters/sql/rollback", {"digest": foreign}),
+    ]
+    for path, body in asked:
+        of_nobody = json.loads(json.dumps(body).replace(foreign, f"sha256:{'0' * 64}"))
+        refused = error_of(rival.ask("POST", path, json=body), 404, "adapter_not_found")["message"]
+        unknown = error_of(rival.ask("POST", path, json=of_nobody), 404, "adapter_not_found")["message"]
+        assert refused.replace(foreign, f"sha256:{'0' * 64}") == unknown
+
+
+def test_what_a_foreign_name_is_replaced_by_is_ones_own(acme: Client, rival: Client) -> None:
+    acme.upload("sql", "one")
+    before = acme.ask("GET", "/v1/adapters/sql").json()
+    assert rival.upload("sql", "two", "?replace=true").status_code == 201
+    assert rival.upload("sql", "logits", "?replace=true").status_code == 201
+    assert len(rival.ask("GET", "/v1/adapters/sql").json()["versions"]) == 2
+    assert acme.ask("GET", "/v1/adapters/sql").json() == before
 
 
 def test_a_foreign_name_is_free(acme: Client, rival: Client) -> None:
@@ -176,7 +211,7 @@ def test_pages_hold_ones_own_and_the_shared_ones_in_order(acme: Client, rival: C
     assert operator.names() == ["a", "c", "e", "g"]
 
 
-def test_each_tenant_has_its_own_default(acme: Client, rival: Client, operator: Client) -> None:
+def test_each_tenant_has_its_own_default(server: Server, acme: Client, rival: Client, operator: Client) -> None:
     operator.upload("common", "one")
     acme.upload("mine", "two", activate="true")
     assert acme.generate().headers["x-adapter-digest"] == acme.digest("mine")
@@ -187,6 +222,9 @@ def test_each_tenant_has_its_own_default(acme: Client, rival: Client, operator: 
     assert rival.generate().headers["x-adapter-digest"] == operator.digest("common")
     assert operator.ask("GET", "/v1/adapters/common").json()["active"] is False
     rival.upload("common", "logits")
+    rival.upload("mine", "two")
+    server.engine.fold_error = UnsupportedCheckpoint("the base is quantized")
+    assert rival.ask("POST", "/v1/adapters/mine/activate", json={"mode": "merge"}).status_code == 415
     assert rival.generate().headers["x-adapter-digest"] == operator.digest("common"), "what was activated"
     assert rival.ask("GET", "/v1/adapters/common").json()["active"] is False
     operator.ask("DELETE", "/v1/adapters/common")
@@ -260,6 +298,27 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
     }
 
 
+# What a client can make of a route's path, for it to look like another one, or like none.
+TRICKS = ("{}\n", "{}\n\n", "\n{}", "{}/", "/{}", "{} ", "{}\0", "{}\r", "{}?", "{}#", "{}%0A", "{};x", "/docs/..{}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("trick", TRICKS)
+async def test_no_way_to_write_a_path_changes_what_it_takes(server: Server, trick: str) -> None:
+    """As the application is given paths: with their escapes undone."""
+
+    async def status(method: str, path: str, key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        async with exchange(server.app, method, path, body={}, headers=headers) as client:
+            return await client.status()
+
+    for method, path in all_routes():
+        scope = access_to(method, path, metrics_public=False).scope
+        if scope is not None:
+            other = {Scope.INFER: "acme-admin", Scope.ADMIN: "acme-infer"}[scope]
+            assert await status(method, trick.format(path), other) in (403, 404, 405), path
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(("key", "status"), [("wrong", 401), ("acme-infer", 403)])
 async def test_without_the_right_no_body_is_read(server: Server, key: str, status: int) -> None:
@@ -285,6 +344,18 @@ def test_a_keys_limits_are_its_own(make_server: Callable[..., Server]) -> None:
 
 
 @pytest.mark.anyio
+async def test_beyond_its_limit_no_body_is_read(make_server: Callable[..., Server]) -> None:
+    server = make_server([ApiKey.of("slow", rate=1)])
+    assert Client(server, "slow").names() == []
+    async with exchange(
+        server.app, "POST", "/v1/generate", body={"prompt": "hi"}, headers={"authorization": "Bearer slow"}
+    ) as client:
+        assert await client.status() == 429
+        await client.end()
+        assert client.reads == 0
+
+
+@pytest.mark.anyio
 async def test_streams_count_while_they_run(make_server: Callable[..., Server]) -> None:
     server = make_server([ApiKey.of("one", concurrency=1)])
     server.engine.hold_after = 2
@@ -305,6 +376,24 @@ async def test_streams_count_while_they_run(make_server: Callable[..., Server]) 
     async with exchange(server.app, "GET", "/v1/models", headers=headers) as after:
         assert await after.status() == 200
         await after.text()
+
+
+@pytest.mark.anyio
+async def test_what_runs_ends_as_it_would_have_when_its_key_is_taken_away(server: Server) -> None:
+    server.engine.hold_after = 2
+    headers = {"authorization": "Bearer acme"}
+    body = {"prompt": "hi", "max_new_tokens": 5, "stream": True}
+    async with exchange(server.app, "POST", "/v1/generate", body=body, headers=headers) as running:
+        assert await running.status() == 200
+        while server.engine.gate.is_set():
+            await anyio.lowlevel.checkpoint()  # until the engine holds
+        server.state.keys.replace([ApiKey.of("new", tenant="acme")])
+        async with exchange(server.app, "GET", "/v1/models", headers=headers) as refused:
+            assert await refused.status() == 401
+        server.engine.gate.set()
+        while "[DONE]" not in await running.text():
+            pass
+        await running.end()
 
 
 def test_keys_may_be_replaced_while_serving(server: Server, acme: Client) -> None:

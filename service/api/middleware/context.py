@@ -47,7 +47,7 @@ class RequestContext:
             self._metrics.count_error(code)
         key = key_of(scope)
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "code": code}
-        fields |= {"key": None if key is None else key.name}
+        fields |= {"key": None if key is None else key.name, "tenant": None if key is None else key.tenant or None}
         fields |= {"duration_s": round(seconds, 6)} | access_fields(scope)
         access_log.info("request", extra={"request_id": request_id, **fields})
 

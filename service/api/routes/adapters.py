@@ -112,7 +112,7 @@ async def _receive(request: Request, staged: Path, state: ServerState) -> Upload
         )
     body = _parse_source(await request.body())
     check_name(body.name, state.settings.base_names)
-    source = await to_thread.run_sync(fetch_source, body.source, staged, state.settings, limiter=state.fetching)
+    source = await to_thread.run_sync(fetch_source, body.source, staged, state, limiter=state.fetching)
     return Upload(body.name, body.activation, source)
 
 

@@ -56,7 +56,7 @@ def unload_lora_adapter(body: UnloadLoraRequest, state: State, tenant: Tenant) -
 def _fetch(path: str, staged: Path, state: ServerState) -> str:
     """Stages the adapter; where it came from."""
     try:
-        return fetch_source(_source(path), staged, state.settings)
+        return fetch_source(_source(path), staged, state)
     except ApiError as error:
         param = "lora_path" if error.param == "source" else error.param
         raise ApiError(error.code, error.message, param=param) from error

@@ -387,6 +387,19 @@ class TestActivation:
         store.rollback(SHARED, "sql", first.digest)
         assert store.active(SHARED) == active
 
+    def test_what_was_active_is_so_again(self, store: AdapterStore) -> None:
+        publish(store, "sql")
+        before = store.activate("t", "sql", "merge")
+        for name in ("sql", "style"):
+            publish(store, name, tenant="t")
+        store.activate("t", "style", "switch")
+        store.reactivate(before)
+        assert store.active("t") == before == Activation("t", "sql", "merge", SHARED), "not the own one of that name"
+        store.activate("t", "style", "switch")
+        store.delete(SHARED, "sql")
+        store.reactivate(before)
+        assert store.active("t") is None
+
     def test_refused(self, store: AdapterStore) -> None:
         publish(store, "sql")
         with pytest.raises(AdapterNotFound):

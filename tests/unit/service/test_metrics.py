@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import StoreCorrupt
 from adapters.registry import RegistryStats
+from service.engine.events import Usage
 from service.engine.seam import EngineStats
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.metrics import MOST_NAMES, PrometheusMetrics
@@ -153,6 +154,28 @@ def test_what_a_request_ran_with_is_its_label(selection: Selection, tenant: str,
     server = metrics()
     moved = changed(server, lambda: server.count_generation(selection, tenant))
     assert moved == {f"vblora_generations_total{{adapter={label}}}": 1}
+
+
+def test_use_is_shown_to_its_own_tenant_and_to_the_shared_one() -> None:
+    server = metrics()
+    for tenant, tokens in (("acme", 5), ("rival", 7), ("", 11)):
+        server.count_usage(tenant, Usage(tokens, 1))
+        server.count_generation(one("secret"), tenant or "acme")
+
+    def seen(reader: str | None) -> str:
+        return server.render(reader)[0].decode()
+
+    for reader, other in (("acme", "rival"), ("rival", "acme")):
+        lines = [line for line in seen(reader).splitlines() if not line.startswith("#")]
+        assert len(lines) == 3
+        assert all(f'{{tenant="{reader}"}}' in line for line in lines)
+        assert other not in seen(reader)
+    assert 'vblora_tenant_prompt_tokens_total{tenant="rival"} 7.0' in seen("")
+    assert 'vblora_tenant_prompt_tokens_total{tenant="(shared)"} 11.0' in seen("")
+    assert "vblora_queue_depth" in seen("")
+    assert "vblora_tenant" not in seen(None)
+    assert "secret" not in seen(None) + seen("") + seen("acme")
+    assert not [line for line in seen("nobody").splitlines() if not line.startswith("#")]
 
 
 def test_ten_thousand_names_make_a_bounded_number_of_series() -> None:
