@@ -41,6 +41,7 @@ def run(settings: Settings) -> int:
     """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
     setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts)
     end_on_sigterm()
+    hangups = remember_sighup()
     log.info("settings", extra=settings.shown())
     with listening(settings.host, settings.port) as listener:
         if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
@@ -57,6 +58,8 @@ def run(settings: Settings) -> int:
                 introduce(server, url_of(listener))
 
         reload_on_sighup(settings.api_key_file, server.state.keys)
+        if hangups:
+            signal.raise_signal(signal.SIGHUP)
         try:
             serve(server, listener, drain_timeout_s=settings.drain_timeout_s, announce=announce)
         finally:
@@ -69,6 +72,14 @@ def end_on_sigterm() -> None:
     """SIGTERM ends the process also while the model loads; a container's first process would ignore it by default."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
+def remember_sighup() -> list[int]:
+    """SIGHUP, which by default ends a process, is only noted while the model loads."""
+    hangups: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, lambda number, frame: hangups.append(number))
+    return hangups
 
 
 def reload_on_sighup(path: Path | None, keys: KeyRing) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,23 @@ def test_keys_are_read_at_start_and_anew_on_sighup(tmp_path: Path) -> None:
     assert "key=of-acme" in log
     assert acme not in log
     assert rival not in log
+
+
+def test_sighup_while_the_model_loads_is_heeded_once_it_serves(tmp_path: Path) -> None:
+    save_model(tiny_model("llama"), tmp_path / "base")
+    file = tmp_path / "keys"
+    make_key(file)
+    command = ("serve", "--model", str(tmp_path / "base"), "--api-key-file", str(file))
+    server = Server(*command, data_dir=tmp_path / "data")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(server.__enter__)
+        while not server.log:  # its first words come before it loads anything
+            assert not starting.done(), starting.result()
+        server.process.send_signal(signal.SIGHUP)
+        starting.result()
+    with contextlib.closing(server.http):
+        assert server.stop() == 0
+    assert any("read the API keys anew" in line for line in server.log)
 
 
 @pytest.mark.parametrize("text", ["", "sha256:12 tenant=acme\n"])
