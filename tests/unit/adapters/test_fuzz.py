@@ -33,6 +33,7 @@ from adapters.registry import AdapterRegistry
 from adapters.safetensors_header import DTYPE_BYTES
 from adapters.store import AdapterStore
 from tests.factories import AdapterSpec, make_adapter, tiny_model
+from tests.lora_factory import make_lora
 from tests.unit.adapters.mutations import AdapterFiles, mutated
 from tests.unit.adapters.support import BANK, Q0, adapted
 
@@ -59,6 +60,11 @@ SOURCES = {
     ),
 }
 
+PLAIN: dict[str, dict[str, Any]] = {
+    "lora": {"bias": "lora_only", "rank_pattern": {"q_proj": 6}, "alpha_pattern": {r".*\.v_proj": 3}},
+    "lora bf16": {"dtype": torch.bfloat16, "use_rslora": True, "target_modules": "all-linear"},
+}
+
 
 @pytest.fixture(scope="module")
 def model() -> AdaptedModel:
@@ -68,7 +74,9 @@ def model() -> AdaptedModel:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterFiles]:
     root = tmp_path_factory.mktemp("sources")
-    return {name: AdapterFiles.read(make_adapter(BASE, spec, root / name)) for name, spec in SOURCES.items()}
+    written = [make_adapter(BASE, spec, root / name) for name, spec in SOURCES.items()]
+    written += [make_lora(BASE, root / name, **fields) for name, fields in PLAIN.items()]
+    return {path.name: AdapterFiles.read(path) for path in written}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +163,7 @@ def test_what_peft_wrote_is_taken(registry: AdapterRegistry, files: dict[str, Ad
         assert not isinstance(verdict(registry, adapter), CheckpointError)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, *PLAIN])
 def test_damaged_files_are_refused_or_sound(source: str, registry: AdapterRegistry, files: dict[str, AdapterFiles]):
     """And none that computes something else than the original goes by the original's digest."""
     original = verdict(registry, files[source])
