@@ -304,7 +304,7 @@ class AdapterRegistry:
         except AdapterError as error:
             return error
         except OSError as error:  # one bad file must not keep the server from starting
-            return AdapterUnavailable(f"its files cannot be read: {error}", subject=version.digest)
+            return AdapterUnavailable(f"its files cannot be read: {error.strerror or error}", subject=version.digest)
         return None
 
     def _digests(self, tenant: str, name: str) -> list[str]:
