@@ -168,7 +168,7 @@ def test_no_parameter_makes_a_row_choose_what_its_grammar_forbids(
     assert drawn <= {1, 2, 3}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (30, 0.9), (3, 0.2), (0, 0.999), (40, 1.0)])
 def test_top_k_and_top_p_keep_what_a_sort_of_the_whole_vocabulary_would(seed: int, top_k: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +177,7 @@ def test_top_k_and_top_p_keep_what_a_sort_of_the_whole_vocabulary_would(seed: in
     weights = [math.exp(token_logits[i].item()) for i in by_likelihood]
     before = [sum(weights[:i]) / sum(weights) for i in range(len(weights))]
     expected = {token for token, mass in zip(by_likelihood, before, strict=True) if mass < top_p}
-    likeliest = {sample(token_logits[None], [row(draw, top_k=top_k, top_p=top_p)])[0] for draw in range(200)}
-    assert likeliest <= expected
-    flat = {sample(token_logits[None], [row(draw, top_k=top_k, temperature=1e9)])[0] for draw in range(2000)}
-    assert flat == set(by_likelihood)
+    likeliest = sample(token_logits.expand(200, -1), [row(draw, top_k=top_k, top_p=top_p) for draw in range(200)])
+    assert set(likeliest) <= expected
+    flat = sample(token_logits.expand(2000, -1), [row(draw, top_k=top_k, temperature=1e9) for draw in range(2000)])
+    assert set(flat) == set(by_likelihood)
