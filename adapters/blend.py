@@ -56,7 +56,7 @@ def blend(members: Sequence[Member], base: BaseTensor | None = None) -> TopKChec
     sources, rows = _bank_rows(members, length)
     indices, weights = _stacked_positions(sources, layers, length, topk, nothing=len(rows) - 1)
     bank, indices, weights = _shared(rows, indices, weights)
-    if float(bank.abs().max()) > LARGEST_IN_FACTORS:
+    if not float(bank.abs().max()) <= LARGEST_IN_FACTORS:  # NaN where an infinite weight met a 0
         raise InvalidSelection("the weights are too large for these adapters: their banks overflow", subject="adapters")
     extras = joint_extras(members, layers, base)
     config = _config(members, layers, bank, topk)

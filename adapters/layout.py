@@ -8,7 +8,7 @@ modules, here called *extras*.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ MODULE_PREFIX = "base_model.model."
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"})
 
 _VBLORA_KEY = re.compile(r"base_model\.model\.(.+)\.vblora_logits_([AB])(|_topk_indices|_topk_weights)")
+_WRAPPED = re.compile(r"\.(?:modules_to_save|original_module)(?=\.)")
 _FLOATS = frozenset({"F32", "BF16", "F16"})
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FULL = frozenset({""})
@@ -91,6 +92,7 @@ def layout_of(config: VBLoRAConfig, specs: Mapping[str, TensorSpec]) -> AdapterL
     storage = _storage(config, parts)
     layers = tuple(_layer(config, storage, module, sides) for module, sides in parts.items())
     check_targets(config, [layer.name for layer in layers])
+    extras = without_copies(config, extras)
     for extra in extras:
         check_extra(config, extra, parts.keys())
     check_distinct(extras)
@@ -203,6 +205,21 @@ def check_extra(config: AdapterConfig, spec: TensorSpec, targets: Collection[str
             f"({list(config.modules_to_save)}) calls for",
             subject=spec.key,
         )
+
+
+def without_copies(config: AdapterConfig, extras: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Without the biases that PEFT stores twice: with `bias: all` it looks into its wrappers of saved modules too.
+
+    There it finds the saved module's bias by another name (`….modules_to_save.bias`), and the base's own
+    (`….original_module.bias`). What it computes with is the one without either, as a saved module's weight is.
+    """
+    shapes = {spec.key: spec.shape for spec in extras}
+    return [spec for spec in extras if config.bias != "all" or not _is_copy(spec, shapes)]
+
+
+def _is_copy(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    plain = _WRAPPED.sub("", spec.key)
+    return plain != spec.key and spec.key.endswith(".bias") and shapes.get(plain) == spec.shape
 
 
 def check_distinct(extras: Iterable[TensorSpec]) -> None:

@@ -103,7 +103,7 @@ def stack_lora(members: Sequence[tuple[ServedCheckpoint, float]], base: BaseTens
             parts[layer.name].append((a, weight * b_t))
     r = max(sum(len(a) for a, _ in stack) for stack in parts.values())
     matrices = {name: _stacked(stack, r) for name, stack in parts.items()}
-    if any(float(b.abs().max()) > LARGEST_IN_FACTORS for _, b in matrices.values()):
+    if not all(float(b.abs().max()) <= LARGEST_IN_FACTORS for _, b in matrices.values()):  # NaN: infinity times 0
         raise InvalidSelection("the weights are too large for these adapters: their sum overflows", subject="adapters")
     extras = joint_extras(members, layers, base)
     config = LoRAConfig(

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from adapters.errors import MissingTensor, ShapeMismatch, UnsupportedCheckpoint
-from adapters.layout import MODULE_PREFIX, called_for, check_distinct, check_extra, expect_float, expect_shape
+from adapters.layout import (
+    MODULE_PREFIX,
+    called_for,
+    check_distinct,
+    check_extra,
+    expect_float,
+    expect_shape,
+    without_copies,
+)
 from adapters.lora_config import LoRAConfig
 from adapters.parameters import LoRAParameterCount
 from adapters.safetensors_header import WEIGHTS_FILE, TensorSpec
@@ -66,7 +74,7 @@ def factor_key(module: str, side: str) -> str:
 def lora_layout(config: LoRAConfig, specs: Mapping[str, TensorSpec]) -> LoRALayout:
     """The layout that a config and a file's tensors make together. Raises CheckpointError."""
     factors: dict[str, dict[str, TensorSpec]] = {}
-    extras = []
+    extras: list[TensorSpec] = []
     for key, spec in specs.items():
         if match := _FACTOR_KEY.fullmatch(key):
             factors.setdefault(match[1], {})[match[2]] = spec
@@ -75,6 +83,7 @@ def lora_layout(config: LoRAConfig, specs: Mapping[str, TensorSpec]) -> LoRALayo
             extras.append(spec)
     if not factors:
         raise MissingTensor("the file holds no LoRA factors for any module", subject=WEIGHTS_FILE)
+    extras = without_copies(config, extras)
     shapes = [_shape(module, sides) for module, sides in factors.items()]
     layout = LoRALayout.of(config, tuple(shapes), tuple(extras))
     for layer, rank in zip(shapes, layout.ranks, strict=True):

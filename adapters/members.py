@@ -137,7 +137,10 @@ def _blended_extra(name: str, parts: Sequence[tuple[Tensor, float]], base: BaseT
     own = own.detach().cpu().float()
     if any(part.shape != own.shape for part, _ in parts):
         raise ShapeMismatch(f"{name} has another shape in an adapter than in the base model", subject=name)
-    return blended(own, parts).contiguous()
+    extra = blended(own, parts).contiguous()
+    if not bool(extra.isfinite().all()):
+        raise InvalidSelection(f"the weights are too large for these adapters: {name} overflows", subject="adapters")
+    return extra
 
 
 def _common(values: Iterable[str | None]) -> str | None:

@@ -77,7 +77,7 @@ class Merger:
             folded: Tensor = getattr(layer, attribute)
             pristine = self._pristine[f"{name}.{attribute}"].to(folded.device)
             change = delta(*low_rank, transposed=is_conv1d(layer))
-            base = blended(pristine, replacing(selection, (name, attribute))).float()
+            base = blended(pristine.float(), replacing(selection, (name, attribute)))
             scale = float(change.norm())
             error = float((folded.float() - base - change).norm()) / scale if scale else 0.0
             if error >= worst:
@@ -104,20 +104,22 @@ class Merger:
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
         folded: Tensor = getattr(layer, attribute).data
-        if parts := replacing(selection, place):
-            folded.copy_(blended(own.detach(), parts))
-        if attribute == "weight" and (low_rank := stacked(selection, name)) is not None:
-            _add_product(folded, *low_rank, transposed=is_conv1d(layer))
+        replaced = blended(own.detach().float(), replacing(selection, place))
+        low_rank = stacked(selection, name) if attribute == "weight" else None
+        if low_rank is None:
+            folded.copy_(replaced)
+        else:
+            _put_sum(folded, replaced, *low_rank, transposed=is_conv1d(layer))
         if not math.isfinite(float(torch.linalg.vector_norm(folded, torch.inf))):
             raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
 
 
-def _add_product(weight: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:
-    """Adds `B @ A` to a weight in its own orientation, in place, rounding once."""
+def _put_sum(weight: Tensor, base: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:
+    """Makes a weight, in place and in its own orientation, `base + B @ A`, rounded once. `base` is in float32."""
     if weight.dtype is torch.float32:
-        weight.addmm_(*((a.T, b.T) if transposed else (b, a)))
+        weight.copy_(base).addmm_(*((a.T, b.T) if transposed else (b, a)))
     else:
-        weight.copy_(weight.float() + delta(a, b, transposed=transposed))
+        weight.copy_(base + delta(a, b, transposed=transposed))
 
 
 def changed_places(selection: Sequence[tuple[AdapterFactors, float]]) -> list[Place]:

@@ -18,6 +18,7 @@ from adapters.config import VBLoRAConfig
 from adapters.errors import InvalidSelection, ShapeMismatch
 from adapters.export import write_adapter
 from adapters.layout import AdapterLayout
+from adapters.lora import stack_lora
 from adapters.parameters import Storage
 from adapters.targets import LayerShape
 from adapters.vector_bank import VectorBank
@@ -154,6 +155,28 @@ def test_adapters_of_different_bases_are_refused() -> None:
 def test_what_is_no_sum_is_refused(members: list[tuple[TopKCheckpoint, float]]) -> None:
     with pytest.raises(InvalidSelection):
         blend(members)
+
+
+@pytest.mark.parametrize("weight", [1e35, 1e40, 1e300, -1e300])
+def test_weights_that_overflow_are_refused(weight: float) -> None:
+    """Also where infinity meets the zeros of a blend whose members adapt different layers, and makes NaN."""
+    zeros = blend([(random_adapter(1, layers=LAYERS[:1]), 1.0), (random_adapter(2, layers=LAYERS[1:]), 1.0)])
+    assert any(not row.any() for row in zeros.bank.vectors)
+    for members in ([(random_adapter(3), weight)], [(zeros, weight)]):
+        with pytest.raises(InvalidSelection, match="too large"):
+            blend(members)
+        with pytest.raises(InvalidSelection, match="too large"):
+            stack_lora(members)
+
+
+def test_a_blended_extra_that_overflows_is_refused(tmp_path: Path) -> None:
+    """A bank this small takes the weight; what the adapter saves does not."""
+    spec = AdapterSpec(modules_to_save=["lm_head"], bank_bound=1e-12)
+    member = compact(make_adapter(MODEL, spec, tmp_path / "saved"))
+    base = dict(MODEL.named_parameters()).get
+    with pytest.raises(InvalidSelection, match=r"too large for these adapters: lm_head\.weight overflows"):
+        blend([(member, 1e39)], base)
+    assert blend([(member, 1e30)], base).extras
 
 
 # --- against PEFT -----------------------------------------------------------------------------------

@@ -218,6 +218,41 @@ def test_two_names_of_one_parameter_are_refused():
     assert first in refusal.value.message
 
 
+LN = "base_model.model.h.0.ln"
+COPIES = [f"{LN}.modules_to_save.bias", f"{LN}.original_module.bias"]
+
+
+def test_biases_that_peft_stores_twice_count_once():
+    """What PEFT 0.21 writes with `bias: all` of a saved module: it looks into its own wrapper of it."""
+    given = compact_specs()
+    for name in (f"{LN}.weight", f"{LN}.bias", *COPIES, "base_model.model.mlp.modules_to_save.fc.bias"):
+        given = changed(given, name, shape=(5,))
+    given = changed(given, "base_model.model.mlp.fc.bias", shape=(5,))
+    layout = layout_of(with_config(bias="all", modules_to_save=["ln", "mlp"]), given)
+    expected = ["base_model.model.mlp.fc.bias", f"{LN}.bias", f"{LN}.weight"]
+    assert sorted(extra.key for extra in layout.extras) == sorted(expected)
+    assert layout.parameters().other_params == 15
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("plain", [(4,), None], ids=["of another shape", "without what it is a copy of"])
+def test_what_is_no_copy_is_left_to_binding(plain: tuple[int, ...] | None, copy: str):
+    """Which refuses it: no base has a module of that name."""
+    given = changed(compact_specs(), copy, shape=(5,))
+    if plain is not None:
+        given = changed(given, f"{LN}.bias", shape=plain)
+    assert copy in [extra.key for extra in layout_of(with_config(bias="all"), given).extras]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("bias", ["none", "vblora_only"])
+def test_copies_are_written_where_all_biases_are_trained_and_nowhere_else(bias: str, copy: str):
+    given = changed(compact_specs(), copy, shape=(5,))
+    with pytest.raises(UnexpectedTensor) as refusal:
+        layout_of(with_config(bias=bias, modules_to_save=["other"]), given)
+    assert refusal.value.subject == copy
+
+
 def test_many_deep_names_against_many_patterns_take_little_time():
     """What is called for is found by suffixes of every name: names and lists that are both long must not multiply."""
     deep = {f"base_model.model.{'a.' * 220}{n:04}": "F32" for n in range(2000)}

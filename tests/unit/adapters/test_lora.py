@@ -66,6 +66,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "biases of targets": {"bias": "lora_only"},
     "all biases": {"bias": "all"},
     "a saved head": {"modules_to_save": ["lm_head"]},
+    "all biases and saved modules that have some": {"bias": "all", "modules_to_save": ["ln_1", "k_proj"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},

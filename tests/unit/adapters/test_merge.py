@@ -84,6 +84,28 @@ def test_hundreds_of_cycles_change_no_bit(arch: Arch, dtype: torch.dtype, tmp_pa
     assert_pristine(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_weight_that_one_replaces_and_another_adapts_is_rounded_once(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Sequential(nn.Linear(40, 30)).requires_grad_(False).to(dtype)
+    own = base[0].weight.clone()
+    saved = (own + torch.randn(own.shape, generator=generator)).to(dtype)
+    layer = LayerFactors(*(torch.randn(2, features, generator=generator) for features in (40, 30)))
+    selection = [
+        (AdapterFactors("saves", {}, {"0": {"weight": saved}}), 0.3),
+        (AdapterFactors("adapts", {"0": layer}), -0.7),
+    ]
+    model = AdaptedModel(base, BaseModules.of(base, model_type="linear"))
+    merger = Merger(model)
+    merger.fold(selection)
+    folded, report = model.base_layer("0").weight.double(), merger.rounding(selection)
+    change = -0.7 * layer.b_t.double().T @ layer.a.double()
+    expected = own.double() + 0.3 * (saved.double() - own.double()) + change
+    once = (expected.float().to(dtype).double() - expected).norm()
+    assert float((folded - expected).norm()) == pytest.approx(float(once), rel=1e-3, abs=1e-5)
+    assert report.merge_error == pytest.approx(float(once / change.norm()), rel=1e-3, abs=1e-6)
+
+
 class TestTiedWeights:
     @pytest.fixture
     def tied(self, tmp_path: Path) -> tuple[AdaptedModel, AdapterFactors]:

@@ -42,6 +42,7 @@ SPECS: dict[Arch, list[AdapterSpec]] = {
         AdapterSpec(seed=3, modules_to_save=["ln_f", "wte"]),
         AdapterSpec(seed=4, modules_to_save=["wpe"]),
         AdapterSpec(seed=5, bias="vblora_only", compact=False),
+        AdapterSpec(seed=6, bias="all", modules_to_save=["ln_1", "mlp.c_fc"]),
     ],
     "opt": [
         AdapterSpec(seed=1, bias="all", target_modules=["q_proj", "fc1"]),
