@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.store.files import uploaded_files
 from service.api.keys import ApiKey
 from service.cli import main
 from service.commands import CommandError
@@ -101,7 +102,7 @@ class TestCommand:
         (folder / "one" / "tokenizer_config.json").write_text("{}")
         (folder / "one" / "README.md").write_text("not sent")
         run(folder / "one")
-        stored = {path.name for path in server.store.path(server.digest("one")).iterdir()}
+        stored = {path.name for path in uploaded_files(server.store.path(server.digest("one")))}
         assert stored == {CONFIG, WEIGHTS, "chat_template.jinja", "tokenizer_config.json"}
         assert "1 unchanged" in run(folder / "one")[1]
 
