@@ -150,7 +150,7 @@ class TestRegister:
         monkeypatch: pytest.MonkeyPatch,
     ):
         """A layer of another size, another base, and factors beyond the budget: the header tells them all."""
-        monkeypatch.setattr(registry_module, "read_checkpoint", lambda directory: pytest.fail("read"))
+        monkeypatch.setattr(registry_module, "read_adapter", lambda directory: pytest.fail("read"))
         wider = make_adapter(tiny_model("llama", hidden_size=128), SPEC, tmp_path / "wider")
         other = rewrite(written["a"], tmp_path / "other", None, {"base_model_name_or_path": "org/other"})
         with pytest.raises(ShapeMismatch):
