@@ -41,7 +41,8 @@ class BankDirectory:
         """Leave all but the bank in a staged weights file, and put a link to the one copy of the bank beside it.
 
         Weights that are large or hold no bank stay as they are, and so do all where files have no second names. Raises
-        OSError, and then too they are as they were. It is for the caller to put the files on the disk.
+        OSError, and then too they are as they were. The bank is on the disk afterwards; the rest is the caller's to put
+        there.
         """
         with open(weights, "rb") as file:
             place = bank_range(file.fileno())
@@ -52,16 +53,17 @@ class BankDirectory:
         begin, end = place
         bank = self.root / hashlib.sha256(content[begin:end]).hexdigest()
         link, rest = weights.with_name(BANK_FILE), self._tmp / f"rest-{secrets.token_hex(8)}"
+        taken = False
         try:
             _write(rest, (content[:begin], content[end:]))
             if self._link(bank, link, content[begin:end]):
                 os.replace(rest, weights)
-        except BaseException:
-            link.unlink(missing_ok=True)
-            self.drop(bank)
-            raise
+                taken = True
         finally:
             rest.unlink(missing_ok=True)
+            if not taken:
+                link.unlink(missing_ok=True)
+                self.drop(bank)
 
     def used_by(self, directory: Path) -> Path | None:
         """The bank that an adapter's directory links to, for `drop` once the directory is gone."""

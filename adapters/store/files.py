@@ -108,8 +108,8 @@ def make_private(directory: Path) -> None:
 
 
 def make_durable(directory: Path) -> None:
-    """Put a flat directory on the disk, the contents of its files before their names."""
-    for path in regular_files(directory):
+    """Put a flat directory on the disk, the contents of its files before their names; a bank's is there already."""
+    for path in uploaded_files(directory):
         fsync_file(path)
     fsync_directory(directory)
 

@@ -313,6 +313,24 @@ class TestWithoutLinks:
         store.delete(SHARED, "one")
         assert_consistent(store, data_dir)
 
+    def test_refused_after_the_first_link(
+        self, store: AdapterStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However far it came, whole weights have no bank beside them."""
+        real = banks_module.files.fsync_directory
+
+        def refuse(directory: Path) -> None:
+            if directory.parent.name == "banks":
+                raise PermissionError(errno.EPERM, "not permitted")
+            real(directory)
+
+        monkeypatch.setattr(banks_module.files, "fsync_directory", refuse)
+        publish(store, "one", ONE)
+        assert weights_of(store, "one").read_bytes() == ONE
+        assert not bank_of(store, "one").exists()
+        assert banks(data_dir) == {}
+        assert_consistent(store, data_dir)
+
     @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
     def test_a_disk_that_fails_is_something_else(
         self, store: AdapterStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -368,7 +386,7 @@ def test_everything_reaches_the_disk_before_the_row(
         ("rename", bank),
         ("fsync", folder.stat().st_ino),
         ("replace", (blob / WEIGHTS_FILE).stat().st_ino),
-        *(("fsync", path.stat().st_ino) for path in sorted(blob.iterdir())),
+        *(("fsync", path.stat().st_ino) for path in sorted(blob.iterdir()) if path.name != BANK_FILE),
         ("fsync", blob.stat().st_ino),
         ("rename", blob.stat().st_ino),
         ("fsync", blob.parent.stat().st_ino),

@@ -53,9 +53,11 @@ PREPARATION = [
     Operation("publish", "b", 1),
     Operation("activate", "a"),
 ]
+ONE_MORE = {"delete the last": Operation("publish", "c", 2)}  # the only one with its bank
 STEPS = {
     "publish": Operation("publish", "a", 2),
     "delete": Operation("delete", "a"),
+    "delete the last": Operation("delete", "c"),
     "rollback": Operation("rollback", "a"),
     "activate": Operation("activate", "b"),
     "deactivate": Operation("deactivate", "a"),
@@ -206,6 +208,10 @@ def test_delete_killed_at_every_step(tmp_path: Path) -> None:
     kill_at_every_step(tmp_path, "delete")
 
 
+def test_delete_of_the_last_with_a_bank_killed_at_every_step(tmp_path: Path) -> None:
+    kill_at_every_step(tmp_path, "delete the last")
+
+
 def test_rollback_killed_at_every_step(tmp_path: Path) -> None:
     kill_at_every_step(tmp_path, "rollback")
 
@@ -223,7 +229,7 @@ def kill_at_every_step(tmp_path: Path, kind: str) -> None:
     contents = contents_by_digest(tmp_path)
     with closing(AdapterStore(tmp_path / "before", keep_versions=KEEP)) as store:
         before = Model()
-        for operation in PREPARATION:
+        for operation in (*PREPARATION, *((ONE_MORE[kind],) if kind in ONE_MORE else ())):
             apply(store, operation)
             before = before.after(operation)
     after = before.after(STEPS[kind])
