@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -26,13 +26,13 @@ BANK_KEY = "base_model.vblora_vector_bank"
 READ_AT_ONCE = 32 << 20  # bytes: larger weights are mapped instead, and are therefore never split
 
 _LONGEST_HEADER = 1 << 20
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _BANK_ENTRY = re.compile(
     rb'"base_model\.vblora_vector_bank"\s*:\s*\{[^{}]*?"data_offsets"\s*:\s*\[\s*(\d{1,15})\s*,\s*(\d{1,15})\s*\]'
 )
 
 
-def open_file(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_file(path: Path, *, follow_links: bool = True) -> io.BufferedReader:
     """An adapter's file for reading, as it was before its bank was taken out. A link to a bank is never followed.
 
     Raises OSError.

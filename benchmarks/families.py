@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import TopKCheckpoint
+from adapters.export import write_adapter
 from adapters.registry import AdapterRegistry
+from adapters.safetensors_header import WEIGHTS_FILE
 from benchmarks.report import report_line
-from benchmarks.residency import answer_all, register_written, resident_bytes, variant
+from benchmarks.residency import answer_all, resident_bytes, variant
 from benchmarks.sizes import QUICK_RESIDENCY, ResidencySizes
-from benchmarks.stage import Stage, open_stage, random_adapter
+from benchmarks.stage import Stage, open_stage, random_adapter, register
 
 GB = 1e9
 
@@ -38,7 +40,7 @@ def measure_families(stage: Stage, sizes: ResidencySizes, count: int) -> dict[st
     """What `count` adapters with private banks take, then as many that share one; then some of these answer at once."""
     template = random_adapter(stage.base, sizes.adapter, seed=0)
     registry = stage.registry()
-    register_written(stage, registry, "first", template)  # what the first one allocates serves them all
+    _register(stage, registry, _written(stage, "first", template))  # what the first one allocates serves them all
     answer_all(stage, registry, sizes, ["first"])
     first = variant(template, count + 1)  # the bank of the family, which nobody has yet
     private = _measure(stage, registry, "private", count, lambda n: variant(template, n + 1))
@@ -61,9 +63,12 @@ def _measure(
     stage: Stage, registry: AdapterRegistry, kind: str, count: int, adapter: Callable[[int], TopKCheckpoint]
 ) -> dict[str, Any]:
     """Growth per adapter while they are registered. `disk` is of the adapters' files and banks."""
+    directories = [_written(stage, f"{kind}-{n}", adapter(n)) for n in range(count)]
+    files = sum((directory / WEIGHTS_FILE).stat().st_size for directory in directories)
     memory, (held, allocated) = resident_bytes(), disk_usage(stage.root / "data")
     start = time.perf_counter()
-    files = sum(register_written(stage, registry, f"{kind}-{n}", adapter(n)) for n in range(count))
+    for directory in directories:
+        _register(stage, registry, directory)
     seconds = time.perf_counter() - start
     memory_grown = (resident_bytes() - memory) / count
     held_now, allocated_now = disk_usage(stage.root / "data")
@@ -78,6 +83,17 @@ def _measure(
         "adapters_per_gb_of_disk_allocated": GB / allocated_grown,
         "adapters_per_gb_of_memory": GB / memory_grown if memory_grown > 0 else 0.0,
     }
+
+
+def _written(stage: Stage, name: str, checkpoint: TopKCheckpoint) -> Path:
+    """A PEFT directory. Written before anything is measured: making adapters is not a server's work."""
+    directory = stage.root / "uploads" / name
+    write_adapter(checkpoint, directory)
+    return directory
+
+
+def _register(stage: Stage, registry: AdapterRegistry, directory: Path) -> None:
+    register(stage.store, registry, directory.name, directory)
 
 
 def disk_usage(data_dir: Path) -> tuple[int, int]:

@@ -44,11 +44,11 @@ def measure_residency(stage: Stage, sizes: ResidencySizes, count: int) -> dict[s
     template = random_adapter(stage.base, sizes.adapter, seed=0)
     registry = stage.registry()
     names = [f"adapter-{i}" for i in range(count)]
-    register_written(stage, registry, "first", template)  # what the first one allocates serves them all
+    _register(stage, registry, "first", template)  # what the first one allocates serves them all
     answer_all(stage, registry, sizes, ["first"])
     before = resident_bytes()
     start = time.perf_counter()
-    files = [register_written(stage, registry, name, variant(template, i + 1)) for i, name in enumerate(names)]
+    files = [_register(stage, registry, name, variant(template, i + 1)) for i, name in enumerate(names)]
     seconds = time.perf_counter() - start
     grown = resident_bytes() - before
     chosen = random.Random(0).sample(names, sizes.answering)
@@ -75,7 +75,7 @@ def variant(template: TopKCheckpoint, n: int) -> TopKCheckpoint:
     )
 
 
-def register_written(stage: Stage, registry: AdapterRegistry, name: str, checkpoint: TopKCheckpoint) -> int:
+def _register(stage: Stage, registry: AdapterRegistry, name: str, checkpoint: TopKCheckpoint) -> int:
     """The bytes of the adapter's weights file."""
     directory = stage.root / "new"
     write_adapter(checkpoint, directory)

@@ -22,7 +22,7 @@ from adapters.store import files
 logger = logging.getLogger(__name__)
 
 _HEX_DIGITS = 64
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 # A file system without hard links, or one that allows none here.
 _NO_LINKS = frozenset({errno.EMLINK, errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})

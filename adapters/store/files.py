@@ -12,7 +12,7 @@ from pathlib import Path
 from adapters.errors import StorageFull, StoreError, UnsupportedCheckpoint
 from adapters.split_file import BANK_FILE, file_size, open_file
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # one small buffer, used again: large ones that come and go leave holes between what memory keeps
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -77,10 +77,10 @@ def _update_with_file(digest: hashlib._Hash, path: Path) -> None:
         expected = file.seek(0, os.SEEK_END)
         file.seek(0)
         digest.update(expected.to_bytes(8, "big"))
-        size = 0
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        size, buffer = 0, memoryview(bytearray(_CHUNK))
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            size += read
     if size != expected:
         raise StoreError(f"{path.name!r} changed while it was read: try again", subject=path.name)
 
