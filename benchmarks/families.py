@@ -52,7 +52,9 @@ def measure_families(stage: Stage, sizes: ResidencySizes, count: int) -> dict[st
         "private": private,
         "shared": shared,
         "shared_over_private": {
-            key: shared[key] / private[key] for key in private if key.startswith("adapters_per_gb")
+            key: shared[key] / private[key]
+            for key in private
+            if key.startswith("adapters_per_gb") and shared[key] and private[key]
         },
         "answered_at_once": len(chosen),
         "answers_unlike_base": answer_all(stage, registry, sizes, chosen),
@@ -81,7 +83,7 @@ def _measure(
         "register_ms": 1000 * seconds / count,
         "adapters_per_gb_of_disk": GB / held_grown,
         "adapters_per_gb_of_disk_allocated": GB / allocated_grown,
-        "adapters_per_gb_of_memory": GB / memory_grown if memory_grown > 0 else 0.0,
+        "adapters_per_gb_of_memory": GB / memory_grown if memory_grown > 0 else None,  # a few fit into what was there
     }
 
 
