@@ -171,13 +171,13 @@ def read_checkpoint(directory: Path) -> TopKCheckpoint | LogitsCheckpoint:
 
 
 def _read_topk(layout: AdapterLayout, read: ReadTensor) -> TopKCheckpoint:
-    bank, extras = _read_others(layout, read)
     config = layout.config
     keys = [logits_key(layer.name, side) for layer in layout.layers for side in ("A", "B")]
     indices = _packed([f"{key}_topk_indices" for key in keys], lambda key: _signed(read(key)))
     weights = _packed([f"{key}_topk_weights" for key in keys], read)
     _check_packed(indices, partial(_check_indices, num_vectors=config.num_vectors))
     _check_packed(weights, partial(_check_weights, topk=config.topk))
+    bank, extras = _read_others(layout, read)  # at last: dropped where others have the bank, it leaves no hole behind
     return TopKCheckpoint(layout, bank, indices.tensor.to(index_dtype(config)), weights.tensor, extras)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.replacements import Parameters
+from adapters.vector_bank import VectorBank
 
 _LEAST_RANKS = 16
 
@@ -25,12 +26,14 @@ class LayerFactors:
 class AdapterFactors:
     """What one adapter computes with: its factors by layer name, and by module name the parameters it replaces.
 
-    `replaced` are trained biases and saved modules, in the base's dtype.
+    `replaced` are trained biases and saved modules, in the base's dtype. `bank` is what the factors were composed from,
+    on their device: held so that the next adapter that has it finds it there.
     """
 
     digest: str
     layers: Mapping[str, LayerFactors]
     replaced: Mapping[str, Parameters] = field(default_factory=dict)
+    bank: VectorBank | None = None
 
     @property
     def rank(self) -> int:
@@ -39,6 +42,7 @@ class AdapterFactors:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the device's memory that are this adapter's alone."""
         replaced = sum(t.nbytes for parameters in self.replaced.values() for t in parameters.values())
         return replaced + sum(layer.a.nbytes + layer.b_t.nbytes for layer in self.layers.values())
 

@@ -17,9 +17,9 @@ from adapters.config import AdapterConfig, VBLoRAConfig, read_config
 from adapters.errors import BadConfig, BadIndex, MissingTensor, ShapeMismatch, UnexpectedTensor
 from adapters.parameters import ParameterCount, Storage, count_parameters
 from adapters.safetensors_header import WEIGHTS_FILE, RawHeader, TensorSpec, parse_header, read_header
+from adapters.split_file import BANK_KEY as BANK_KEY
 from adapters.targets import LayerShape, check_targets
 
-BANK_KEY = "base_model.vblora_vector_bank"
 MODULE_PREFIX = "base_model.model."
 # PEFT stores these unasked when they are targets or the vocabulary was resized (its EMBEDDING_LAYER_NAMES, and the
 # names that other architectures give the same layers).

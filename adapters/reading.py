@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from adapters.checkpoint import LogitsCheckpoint, TopKCheckpoint, read_checkpoint
 from adapters.config import VBLoRAConfig, parse_values, read_config
@@ -44,6 +46,28 @@ def read_adapter_layout(directory: Path) -> AnyLayout:
 def as_served(checkpoint: AnyCheckpoint) -> ServedCheckpoint:
     """The same adapter as small as it gets: compact if it has full logits."""
     return checkpoint.to_topk() if isinstance(checkpoint, LogitsCheckpoint) else checkpoint
+
+
+def describe(checkpoint: AnyCheckpoint, warnings: list[str]) -> Mapping[str, Any]:
+    """What the store keeps of an adapter besides its files, so that listing adapters opens none.
+
+    Keys: `config` (PEFT's), `parameters` (ParameterCount.to_dict()), `target_modules` (the layers
+    adapted), `resumable` (whether training can go on from it) and `warnings`.
+    """
+    return {
+        "config": checkpoint.config.to_dict(),
+        "parameters": checkpoint.layout.parameters().to_dict(),
+        "target_modules": [layer.name for layer in checkpoint.layout.layers],
+        "resumable": is_resumable(checkpoint),
+        "warnings": warnings,
+    }
+
+
+def is_resumable(checkpoint: AnyCheckpoint) -> bool:
+    """Whether training can go on from these files."""
+    if isinstance(checkpoint, LogitsCheckpoint):
+        return checkpoint.resumable
+    return isinstance(checkpoint, LoRACheckpoint)
 
 
 def _peft_type(directory: Path) -> str:

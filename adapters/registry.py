@@ -1,8 +1,8 @@
 """The adapters that are live on one base model: taken in, checked, loaded when first needed, pinned while in use.
 
 The store keeps files and names; the registry keeps what running requests need. An adapter's compact tensors stay in
-memory from its first use; its factors are composed when needed and evicted, least recently used first, when they exceed
-the budget.
+memory from its first use, with one bank for all that have equal ones; its factors are composed when needed and evicted,
+least recently used first, when they exceed the budget.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
 from adapters.blend import weighted_sum
-from adapters.checkpoint import LogitsCheckpoint
+from adapters.checkpoint import TopKCheckpoint
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -33,8 +33,9 @@ from adapters.errors import (
 )
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
-from adapters.lora import LoRACheckpoint, ServedCheckpoint
-from adapters.reading import AnyCheckpoint, AnyLayout, as_served, read_adapter, read_adapter_layout
+from adapters.lora import ServedCheckpoint
+from adapters.reading import AnyLayout, as_served, describe, read_adapter, read_adapter_layout
+from adapters.shared_banks import SharedBanks, bytes_together
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,10 @@ class AdapterState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """How one version stands. `reason` says why it FAILED; `last_used` is a Unix time, None if never."""
+    """How one version stands. `reason` says why it FAILED; `last_used` is a Unix time, None if never.
+
+    `resident_bytes` are what it would take alone: with its bank, whoever else has that too.
+    """
 
     state: AdapterState
     reason: str | None
@@ -115,6 +119,7 @@ class AdapterRegistry:
         self._identity = identity
         self._budget = factor_budget
         self._device = device
+        self._banks = SharedBanks(device)
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
         self._changed = threading.Condition()
         self._fitting: deque[AnyLayout] = deque(maxlen=_LAYOUTS_KEPT)
@@ -159,9 +164,10 @@ class AdapterRegistry:
         self._check_size(layout)  # before a tensor is read
         checkpoint = read_adapter(staged)
         check_range(checkpoint.extras, self._model)
-        compact = as_served(checkpoint)
-        earlier = self._digests(tenant, name)
         info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
+        compact = self._banks.shared(as_served(checkpoint))
+        del checkpoint  # and its own copy of a bank that others have
+        earlier = self._digests(tenant, name)
         record = self._store.publish(tenant, name, staged, info, replace=replace)
         with self._changed:
             live = self._live.setdefault(record.digest, _Live())
@@ -235,11 +241,11 @@ class AdapterRegistry:
     def _size_of(self, digest: str) -> int:
         """What the factors of a version take, or will take; 0 while it has not been read yet."""
         live = self._live.get(digest)
-        if live is None:
+        if live is None or live.compact is None:
             return 0
-        if live.factors is not None:
-            return live.factors.nbytes
-        return 0 if live.compact is None else factor_bytes(live.compact.layout)
+        layout = live.compact.layout
+        factors = live.factors.nbytes if live.factors is not None else factor_bytes(layout)
+        return factors + self._banks.most_copied(layout)
 
     def unpin(self, digest: str) -> None:
         """Gives a pin back. Factors that nobody pins may be evicted from then on."""
@@ -276,9 +282,9 @@ class AdapterRegistry:
             return AdapterStatus(_state(live), reason, resident, live.pins, live.last_used)
 
     def resident_bytes(self) -> tuple[int, int]:
-        """Bytes in memory of (compact tensors, composed factors)."""
+        """Bytes in memory of (compact tensors, composed factors). A bank that adapters share counts once in either."""
         with self._changed:
-            compact = sum(live.compact.nbytes for live in self._live.values() if live.compact)
+            compact = bytes_together(live.compact for live in self._live.values() if live.compact)
             return compact, self._factor_bytes()
 
     def stats(self) -> RegistryStats:
@@ -363,7 +369,7 @@ class AdapterRegistry:
                 raise
             raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         self._check_layout(checkpoint.layout)
-        return as_served(checkpoint)
+        return self._banks.shared(as_served(checkpoint))
 
     def _verified(self, digest: str) -> Path:
         """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
@@ -376,15 +382,19 @@ class AdapterRegistry:
     def _compose(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         self._check_size(compact.layout)
         replaced = replaced_parameters(compact.extras, self._model.tensor)
+        bank = None
+        if isinstance(compact, TopKCheckpoint):
+            bank = self._banks.on_device(compact.bank)
+            compact = replace(compact, bank=bank)
         layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
         here = {
             name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
             for name, parameters in replaced.items()
         }
-        return AdapterFactors(digest, layers, here)
+        return AdapterFactors(digest, layers, here, bank)
 
     def _check_size(self, layout: AnyLayout) -> None:
-        size = factor_bytes(layout)
+        size = factor_bytes(layout) + self._banks.most_copied(layout)
         if size > self._budget:
             raise AdapterTooLarge(
                 f"the adapter takes {size:,} bytes when it is used, but adapters may take {self._budget:,} in all; "
@@ -392,7 +402,8 @@ class AdapterRegistry:
             )
 
     def _factor_bytes(self) -> int:
-        return sum(live.factors.nbytes for live in self._live.values() if live.factors)
+        factors = sum(live.factors.nbytes for live in self._live.values() if live.factors)
+        return factors + self._banks.copied_bytes()
 
     def _evict(self) -> None:
         """Drops the factors of unpinned adapters, least recently used first, until the rest fits the budget."""
@@ -401,8 +412,9 @@ class AdapterRegistry:
             if excess <= 0:
                 return
             if live.pins == 0 and live.factors is not None:
-                excess -= live.factors.nbytes
+                before = live.factors.nbytes + self._banks.copied_bytes()
                 live.factors = None
+                excess -= before - self._banks.copied_bytes()  # the copy of a bank goes with its last factors
                 self._evictions += 1
 
     def _fail(self, digest: str, error: AdapterError) -> None:
@@ -413,28 +425,6 @@ class AdapterRegistry:
 def factor_bytes(layout: AnyLayout) -> int:
     """What an adapter takes at most when it is composed: its factors in float32, and the parameters it replaces."""
     return 4 * layout.parameters().lora_params + sum(spec.nbytes for spec in layout.extras)
-
-
-def describe(checkpoint: AnyCheckpoint, warnings: list[str]) -> Mapping[str, Any]:
-    """What the store keeps of an adapter besides its files, so that listing adapters opens none.
-
-    Keys: `config` (PEFT's), `parameters` (ParameterCount.to_dict()), `target_modules` (the layers
-    adapted), `resumable` (whether training can go on from it) and `warnings`.
-    """
-    return {
-        "config": checkpoint.config.to_dict(),
-        "parameters": checkpoint.layout.parameters().to_dict(),
-        "target_modules": [layer.name for layer in checkpoint.layout.layers],
-        "resumable": is_resumable(checkpoint),
-        "warnings": warnings,
-    }
-
-
-def is_resumable(checkpoint: AnyCheckpoint) -> bool:
-    """Whether training can go on from these files."""
-    if isinstance(checkpoint, LogitsCheckpoint):
-        return checkpoint.resumable
-    return isinstance(checkpoint, LoRACheckpoint)
 
 
 def _state(live: _Live) -> AdapterState:

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 
 from adapters import strict_json
 from adapters.errors import InvalidSafetensors, MissingTensor, UnsupportedCheckpoint
+from adapters.split_file import WEIGHTS_FILE as WEIGHTS_FILE
+from adapters.split_file import file_size, open_file
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 METADATA_KEY = "__metadata__"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 10_000
@@ -101,8 +102,8 @@ def read_header(path: Path) -> RawHeader:
     """
     if not path.is_file():
         raise MissingTensor(f"no {path.name} in the adapter directory", subject=path.name)
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = file_size(path)
+    with open_file(path) as file:
         return _header_bytes(file, size)
 
 

@@ -11,13 +11,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from adapters.errors import InvalidSafetensors, NonFinite
-from adapters.safetensors_header import WEIGHTS_FILE
+from adapters.split_file import READ_AT_ONCE, WEIGHTS_FILE, file_size, is_split, open_file
 
 # In a batch every row meets every adapter's factors, and what is not its own is multiplied by 0: products of one
 # adapter's factors and another row's activations must be finite. Trained ones hold numbers below 1.
 LARGEST_IN_FACTORS = 1e15
-
-_READ_AT_ONCE = 32 << 20  # bytes
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -26,17 +24,23 @@ ReadTensor = Callable[[str], Tensor]
 def tensors_in(directory: Path) -> Iterator[ReadTensor]:
     """Reads an adapter's tensors by key. What it returns may be a view of the mapped file: copy what is kept.
 
-    A small file is read at once: a compact adapter has hundreds of small tensors. Raises InvalidSafetensors.
+    A small file is read at once: a compact adapter has hundreds of small tensors. So is one whose bank is kept apart:
+    what is mapped must be one file. Raises InvalidSafetensors.
     """
     path = directory / WEIGHTS_FILE
     try:
-        if path.stat().st_size <= _READ_AT_ONCE:
-            yield load(path.read_bytes()).__getitem__
+        if is_split(path) or file_size(path) <= READ_AT_ONCE:
+            yield load(_content(path)).__getitem__
         else:
             with safe_open(path, framework="pt") as file:
                 yield file.get_tensor
     except SafetensorError as error:
         raise InvalidSafetensors(f"the weights cannot be read: {error}", subject=WEIGHTS_FILE) from error
+
+
+def _content(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 def finite(key: str, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 DEFAULT_BOUND = 0.02
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class VectorBank:
     """An adapter's bank, shared by all its layers: `vectors` [num_vectors, vector_length], float32 or 16-bit float."""
 

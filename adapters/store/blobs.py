@@ -1,4 +1,7 @@
-"""Adapters' files by digest. A directory appears under its digest whole, by a rename, and leaves the same way."""
+"""Adapters' files by digest. A directory appears under its digest whole, by a rename, and leaves the same way.
+
+The banks of their weights are taken out of them where that can be, and kept once for all that have the same.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters.errors import AdapterError
+from adapters.split_file import WEIGHTS_FILE
 from adapters.store import files
+from adapters.store.banks import BankDirectory
 from adapters.store.names import check_digest
 
 logger = logging.getLogger(__name__)
@@ -28,6 +33,7 @@ class BlobDirectory:
         self.tmp = data_dir / "tmp"
         for directory in (self.root, self.tmp):
             files.make_directory(directory)
+        self.banks = BankDirectory(data_dir, self.tmp)
 
     def path(self, digest: str) -> Path:
         """Where the files of `digest` are if they are stored. Raises InvalidSelection for what is no digest."""
@@ -56,14 +62,20 @@ class BlobDirectory:
                 raise files.storage_full() from error
             raise
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            self._remove_tree(directory)
 
     def seal(self, staged: Path) -> tuple[str, int]:
-        """Put a staged directory's files on the disk, and return their digest and their bytes together."""
+        """Put a staged directory's files on the disk, and return their digest and their bytes together.
+
+        Once sealed, a directory is placed or given up: its weights may have lost their bank to `banks`.
+        """
         assert staged.is_relative_to(self.tmp), "only what was staged here can be renamed into place"
+        files.make_private(staged)
+        digest, size = files.digest_of(staged), files.size_of(staged)
+        if (staged / WEIGHTS_FILE).exists():
+            self.banks.take_out(staged / WEIGHTS_FILE)
         files.make_durable(staged)
-        size = sum(path.lstat().st_size for path in files.regular_files(staged))
-        return files.digest_of(staged), size
+        return digest, size
 
     def place(self, staged: Path, digest: str) -> None:
         """Give a sealed directory its place. One already there is kept if intact, and replaced if it is damaged."""
@@ -90,13 +102,13 @@ class BlobDirectory:
             os.rename(self.path(digest), grave)
         except FileNotFoundError:
             return
-        _remove_tree(grave)
+        self._remove_tree(grave)
 
     def clear_tmp(self) -> int:
         """Remove what a process that was killed left in tmp/; the number of things removed."""
         leftovers = self.leftovers()
         for path in leftovers:
-            _remove_tree(path)
+            self._remove_tree(path)
         return len(leftovers)
 
     def leftovers(self) -> list[Path]:
@@ -110,9 +122,12 @@ class BlobDirectory:
             self.remove(digest)
         return len(orphans)
 
-
-def _remove_tree(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    def _remove_tree(self, path: Path) -> None:
+        """Also the bank, if this was the last that had it."""
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        bank = self.banks.used_by(path)
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        if bank is not None:
+            self.banks.drop(bank)

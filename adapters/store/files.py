@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters.errors import StorageFull, StoreError, UnsupportedCheckpoint
+from adapters.split_file import BANK_FILE, file_size, open_file
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # one small buffer, used again: large ones that come and go leave holes between what memory keeps
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -37,11 +38,21 @@ def regular_files(directory: Path) -> list[Path]:
 
 
 def digest_of(directory: Path) -> str:
-    """An adapter's identity, "sha256:<64 hex>": `digest_of_files` of a flat directory's files.
+    """An adapter's identity, "sha256:<64 hex>": `digest_of_files` of a flat directory's files, as they were uploaded.
 
     Raises UnsupportedCheckpoint for anything but plain files, StoreError for a file that changes while it is read.
     """
-    return digest_of_files({path.name: path for path in regular_files(directory)})
+    return digest_of_files({path.name: path for path in uploaded_files(directory)})
+
+
+def size_of(directory: Path) -> int:
+    """The bytes of a flat directory's files together, as they were uploaded. Raises UnsupportedCheckpoint."""
+    return sum(file_size(path) for path in uploaded_files(directory))
+
+
+def uploaded_files(directory: Path) -> list[Path]:
+    """`regular_files`, without the one that holds a part of another."""
+    return [path for path in regular_files(directory) if path.name != BANK_FILE]
 
 
 def digest_of_files(files: Mapping[str, Path]) -> str:
@@ -51,8 +62,8 @@ def digest_of_files(files: Mapping[str, Path]) -> str:
 
         length of name (8 bytes, big endian) · name (UTF-8) · length of file (8 bytes, big endian) · its bytes
 
-    so that no two directories share an encoding. Modes and times do not count. Raises StoreError for a file that
-    changes while it is read.
+    so that no two directories share an encoding. Modes and times do not count, nor whether a bank is kept in a file of
+    its own. Raises StoreError for a file that changes while it is read.
     """
     digest = hashlib.sha256()
     for name, path in sorted(files.items(), key=lambda file: file[0].encode()):
@@ -62,23 +73,27 @@ def digest_of_files(files: Mapping[str, Path]) -> str:
 
 
 def _update_with_file(digest: hashlib._Hash, path: Path) -> None:
-    with open(_open_plain(path), "rb", buffering=0) as file:
-        expected = os.fstat(file.fileno()).st_size
+    with open_file(path, follow_links=False) as file:
+        expected = file.seek(0, os.SEEK_END)
+        file.seek(0)
         digest.update(expected.to_bytes(8, "big"))
-        size = 0
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        size, buffer = 0, memoryview(bytearray(_CHUNK))
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            size += read
     if size != expected:
         raise StoreError(f"{path.name!r} changed while it was read: try again", subject=path.name)
 
 
-def make_durable(directory: Path) -> None:
-    """Make the directory and its files private (0700, 0600) and put them on the disk, contents before names.
+def make_private(directory: Path) -> None:
+    """Give the directory and its files to their owner alone (0700, 0600).
 
-    Raises UnsupportedCheckpoint as `regular_files` does, and for a file with a second hard link.
+    Raises UnsupportedCheckpoint as `regular_files` does, for a file with a second hard link, and for one that would be
+    taken for a bank of ours.
     """
     for path in regular_files(directory):
+        if path.name == BANK_FILE:
+            raise UnsupportedCheckpoint(f"no file of an adapter may be called {BANK_FILE!r}", subject=BANK_FILE)
         descriptor = _open_plain(path)
         try:
             if os.fstat(descriptor).st_nlink > 1:
@@ -87,10 +102,15 @@ def make_durable(directory: Path) -> None:
                     subject=path.name,
                 )
             os.fchmod(descriptor, 0o600)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
     os.chmod(directory, 0o700)
+
+
+def make_durable(directory: Path) -> None:
+    """Put a flat directory on the disk, the contents of its files before their names; a bank's is there already."""
+    for path in uploaded_files(directory):
+        fsync_file(path)
     fsync_directory(directory)
 
 

@@ -52,7 +52,7 @@ class VersionRow:
 class Inventory:
     """`current` is each name's current digest, `intact` says of each digest with files whether they are what it says.
 
-    `versions` are newest first.
+    `versions` are newest first. `orphans` are the banks that no files link to.
     """
 
     versions: tuple[VersionRow, ...]
@@ -60,6 +60,7 @@ class Inventory:
     active: tuple[Name, ...]
     intact: Mapping[str, bool]
     leftovers: tuple[Path, ...]
+    orphans: tuple[Path, ...] = ()
 
     @property
     def has_rows(self) -> bool:
@@ -98,6 +99,7 @@ def take_inventory(connection: sqlite3.Connection, blobs: BlobDirectory) -> Inve
         active=tuple(connection.execute("SELECT owner, name FROM activations ORDER BY tenant")),
         intact={digest: blobs.is_intact(digest) for digest in sorted(blobs.digests())},
         leftovers=tuple(blobs.leftovers()),
+        orphans=tuple(blobs.banks.orphans()),
     )
 
 
@@ -122,6 +124,8 @@ def findings_of(inventory: Inventory) -> Iterator[Finding]:
         yield Finding(Problem.UNREFERENCED, digest, "no adapter has these files")
     for path in inventory.leftovers:
         yield Finding(Problem.LEFTOVER, f"tmp/{path.name}", "a process that ended early left it")
+    for bank in inventory.orphans:
+        yield Finding(Problem.LEFTOVER, f"banks/sha256/{bank.name}", "no adapter has this vector bank")
 
 
 def _version(row: tuple[Any, ...]) -> VersionRow:

@@ -122,7 +122,7 @@ class _Store:
         """As before a store's first start, unless there are files: their names have been."""
         if any(True for _ in self._blobs.digests()):
             raise DatabaseDamaged(self._path, f"{reason}, beside adapters' files")
-        return Inventory((), {}, (), {}, tuple(self._blobs.leftovers()))
+        return Inventory((), {}, (), {}, tuple(self._blobs.leftovers()), tuple(self._blobs.banks.orphans()))
 
     def mend_database(self) -> tuple[Finding, ...]:
         """Rebuilds the indexes of a database that can be read, or puts the store's own copy in its place.
@@ -171,6 +171,7 @@ class _Store:
                 with database.writing() as connection:
                     _mend_rows(connection, inventory)
         self._blobs.clear_tmp()
+        self._blobs.banks.sweep()  # a bank that something in quarantine has is kept for it
 
     def _take(self, path: Path) -> None:
         """Moves what is there into the quarantine, beside whatever of that name is there already."""

@@ -75,6 +75,7 @@ class AdapterStore:
             self._database.check_references()  # else the files of rows that are lost would be swept up
             with self._reading() as catalog:
                 orphans = self._blobs.sweep(catalog.digests())
+            leftovers += self._blobs.banks.sweep()  # the last: what was swept may have been all that had them
             self._reserve = Reserve(data_dir / "reserve")
             self._reserve.fill()
             self._backup.write()

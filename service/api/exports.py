@@ -11,6 +11,7 @@ from typing import IO, Literal
 from adapters.export import converted, write_files
 from adapters.parameters import Storage
 from adapters.reading import AnyCheckpoint
+from adapters.split_file import file_size, open_file
 from adapters.store import AdapterRecord
 from service.api.adapter_files import ADAPTER_FILES, OPTIONAL_FILES, unless_deleted
 from service.api.deps import ServerState
@@ -62,6 +63,6 @@ def _converted(state: ServerState, record: AdapterRecord, format: ExportFormat) 
 def _add(archive: tarfile.TarFile, name: str, source: Path, modified: float) -> None:
     """One plain file, owned by nobody in particular: the same adapter is the same archive."""
     info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode = source.stat().st_size, int(modified), 0o644
-    with open(source, "rb") as file:
+    info.size, info.mtime, info.mode = file_size(source), int(modified), 0o644
+    with open_file(source) as file:
         archive.addfile(info, file)

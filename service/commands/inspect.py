@@ -10,9 +10,8 @@ from adapters.binding import check_base_name
 from adapters.config import VBLoRAConfig
 from adapters.errors import CheckpointError
 from adapters.lora_config import LoRAConfig
-from adapters.reading import AnyCheckpoint, read_adapter
-from adapters.registry import is_resumable
-from adapters.safetensors_header import WEIGHTS_FILE
+from adapters.reading import AnyCheckpoint, is_resumable, read_adapter
+from adapters.split_file import WEIGHTS_FILE, file_size
 from adapters.targets import check_binding
 from service.commands import CommandError
 from service.commands.base import read_base
@@ -36,7 +35,7 @@ class Inspection:
 
     @property
     def file_bytes(self) -> int:
-        return (self.directory / WEIGHTS_FILE).stat().st_size
+        return file_size(self.directory / WEIGHTS_FILE)
 
     def to_dict(self) -> dict[str, Any]:
         layout = self.checkpoint.layout

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
+from adapters.split_file import open_file
 from service.commands import CommandError
 
 TRIES = 5
@@ -89,7 +90,7 @@ class AdapterClient:
 
     def _try(self, method: str, path: str, parts: Mapping[str, Path], options: Mapping[str, Any]) -> httpx.Response:
         with ExitStack() as opened:
-            files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in parts.items()}
+            files = {part: (path.name, opened.enter_context(open_file(path))) for part, path in parts.items()}
             return self._http.request(method, path, files=files or None, **options)
 
 

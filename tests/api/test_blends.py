@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors import safe_open
 
 from adapters.checkpoint import read_checkpoint
+from adapters.safetensors_header import read_header
 from tests.api.conftest import BASE, Server, error_of
 from tests.api.test_chat import bring_template
 from tests.unit.adapters.test_blend import assert_is_the_sum
@@ -50,8 +50,8 @@ def test_where_it_comes_from_is_kept(filled: Server) -> None:
     ]
     assert filled.client.get("/v1/adapters/mixed").json()["blend"] == parts
     assert filled.client.get("/v1/adapters/one").json()["blend"] is None
-    with safe_open(filled.store.path(digest) / "adapter_model.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["blend"]) == parts
+    header = json.loads(read_header(filled.store.path(digest) / "adapter_model.safetensors").json)
+    assert json.loads(header["__metadata__"]["blend"]) == parts
 
 
 def test_it_stays_what_it_is_when_its_members_change(filled: Server) -> None:

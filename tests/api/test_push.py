@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.split_file import is_split
+from adapters.store.files import uploaded_files
 from service.api.keys import ApiKey
 from service.cli import main
 from service.commands import CommandError
@@ -101,9 +103,21 @@ class TestCommand:
         (folder / "one" / "tokenizer_config.json").write_text("{}")
         (folder / "one" / "README.md").write_text("not sent")
         run(folder / "one")
-        stored = {path.name for path in server.store.path(server.digest("one")).iterdir()}
+        stored = {path.name for path in uploaded_files(server.store.path(server.digest("one")))}
         assert stored == {CONFIG, WEIGHTS, "chat_template.jinja", "tokenizer_config.json"}
         assert "1 unchanged" in run(folder / "one")[1]
+
+    def test_what_a_store_keeps_can_be_sent(
+        self, run: Callable[..., Any], server: Server, folder: Path, tmp_path: Path
+    ) -> None:
+        """Out of quarantine, say, where the weights are without their bank."""
+        run(folder / "one")
+        kept = tmp_path / "kept"
+        shutil.copytree(server.store.path(server.digest("one")), kept)
+        assert is_split(kept / WEIGHTS)
+        assert main(["inspect", str(kept)]) == 0
+        assert run(kept, "--name", "again")[0] == 0
+        assert server.digest("again") == server.digest("one")
 
     def test_a_name_of_ones_own(self, run: Callable[..., Any], server: Server, folder: Path) -> None:
         assert run(folder / "one", "--name", "sql")[0] == 0

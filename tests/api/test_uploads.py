@@ -12,9 +12,11 @@ import httpx
 import pytest
 from starlette.types import Message
 
+from adapters.store.files import uploaded_files
 from service.api.chat_files import chat_template_of
 from tests.api.asgi import exchange
 from tests.api.conftest import Server, error_of
+from tests.unit.adapters.store_support import uploaded
 
 FORM = {"content-type": "multipart/form-data; boundary=XX"}
 
@@ -45,7 +47,7 @@ def test_an_upload_is_answered_with_the_adapter(server: Server) -> None:
 def test_what_is_stored_is_what_was_sent(server: Server) -> None:
     server.upload("sql")
     directory = server.store.path(server.digest("sql"))
-    stored = {path.name: path.read_bytes() for path in directory.iterdir()}
+    stored = {path.name: uploaded(path) for path in uploaded_files(directory)}
     form = server.form()
     assert stored == {"adapter_config.json": form["config"], "adapter_model.safetensors": form["weights"]}
     assert list((server.data_dir / "tmp").iterdir()) == []

@@ -7,22 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.factories import AdapterSpec, make_adapter, save_model, tiny_model
+from tests.factories import AdapterSpec, make_adapter, rewrite, save_model, tiny_model
 from tests.server import ROOT, Server
-from tests.unit.adapters.store_support import flip_a_bit
+from tests.unit.adapters.store_support import banks, flip_a_bit
+from tests.unit.adapters.support import BANK
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and two adapters."""
+    """A base model, two adapters, and one that shares a bank."""
     folder = tmp_path_factory.mktemp("models")
     model = tiny_model("llama")
     save_model(model, folder / "base")
     for seed, name in enumerate(("sql", "style")):
         make_adapter(model, AdapterSpec(seed=seed), folder / name)
+    bank = load_file(folder / "sql" / WEIGHTS)[BANK]
+    rewrite(folder / "style", folder / "sibling", tensors={BANK: bank})  # of `sql`: on the same bank
     return folder
 
 
@@ -58,3 +62,31 @@ def test_what_was_answered_outlives_a_kill_and_what_decays_is_not_served(folder:
         server.generate("The quick", adapter="sql", max_new_tokens=4)
         assert server.stop() == 0
     assert subprocess.run(doctor, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_a_family_outlives_a_kill_and_has_its_bank_in_common_for_better_and_worse(folder: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    family = ("sql", "sibling")
+    with serve(folder, data_dir) as server:
+        digests = [server.upload(name, folder / name).json()["digest"] for name in family]
+        before = [server.generate("The quick", adapter=name, max_new_tokens=4)["choices"] for name in family]
+        exported = [server.http.get(f"/v1/adapters/{name}/export?format=topk").content for name in family]
+        server.kill()
+    for name, archive in zip(family, exported, strict=True):
+        assert (folder / name / WEIGHTS).read_bytes() in archive
+    ((bank, adapters),) = banks(data_dir).items()
+    assert adapters == 2
+
+    with serve(folder, data_dir) as server:
+        after = [server.generate("The quick", adapter=name, max_new_tokens=4)["choices"] for name in family]
+        assert [choice["token_ids"] for (choice,) in after] == [choice["token_ids"] for (choice,) in before]
+        assert server.stop() == 0
+
+    flip_a_bit(data_dir / "banks" / "sha256" / bank)
+    with serve(folder, data_dir) as server:
+        states = {adapter["name"]: adapter["state"] for adapter in server.http.get("/v1/adapters").json()["data"]}
+        assert states == dict.fromkeys(family, "FAILED")
+        again = [server.upload(name, folder / name, replace="true").json()["digest"] for name in family]
+        assert again == digests
+        server.generate("The quick", adapter="sibling", max_new_tokens=4)
+    assert banks(data_dir) == {bank: 2}

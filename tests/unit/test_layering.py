@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 # What a part may import of this project, and which third parties it must not know.
 RULES = {
     "adapters": ({"adapters"}, {"transformers", "fastapi", "starlette", "uvicorn", "pydantic", "peft"}),
-    "adapters/store": ({"adapters.store", "adapters.errors"}, {"torch", "safetensors", "transformers", "fastapi"}),
+    "adapters/store": (
+        {"adapters.store", "adapters.errors", "adapters.split_file"},
+        {"torch", "safetensors", "transformers", "fastapi"},
+    ),
     "service/engine": ({"adapters", "service.engine"}, {"fastapi", "starlette", "uvicorn", "pydantic", "peft"}),
     "service/api": ({"adapters", "service.engine", "service.api", "service.__version__"}, {"uvicorn", "peft"}),
     "service/settings.py": ({"service.settings", "service.setting_kinds"}, {"torch", "transformers", "fastapi"}),

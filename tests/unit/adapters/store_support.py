@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.split_file import BANK_KEY, open_file
 from adapters.store import AdapterRecord, AdapterStore, digest_of
 
 SHARED = ""
@@ -26,8 +29,30 @@ def publish(
         return store.publish(tenant, name, staged, info or {}, replace=True)
 
 
+def weights_with(bank: bytes, own: bytes = b"own") -> bytes:
+    """A weights file in which a bank stands between other tensors."""
+    ends = [len(own), len(own) + len(bank), 2 * len(own) + len(bank)]
+    entries = {
+        key: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for key, begin, end in zip(("a", BANK_KEY, "z"), (0, *ends), ends, strict=False)
+    }
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + own + bank + own
+
+
+def uploaded(path: Path) -> bytes:
+    """An adapter's file as it was uploaded, wherever it is stored."""
+    with open_file(path) as file:
+        return file.read()
+
+
 def blobs(data_dir: Path) -> set[str]:
     return {f"sha256:{path.name}" for path in (data_dir / "blobs" / "sha256").iterdir()}
+
+
+def banks(data_dir: Path) -> dict[str, int]:
+    """The stored banks by their digests' hex digits, and how many adapters link to each."""
+    return {path.name: path.stat().st_nlink - 1 for path in (data_dir / "banks" / "sha256").iterdir()}
 
 
 def assert_consistent(store: AdapterStore, data_dir: Path) -> None:
@@ -36,6 +61,7 @@ def assert_consistent(store: AdapterStore, data_dir: Path) -> None:
     assert blobs(data_dir) == listed
     for digest in listed:
         assert digest_of(store.path(digest)) == digest
+    assert all(adapters > 0 for adapters in banks(data_dir).values())
     assert list((data_dir / "tmp").iterdir()) == []
 
 

@@ -167,7 +167,7 @@ class TestForms:
     ):
         expected = read_checkpoint(written[storage]).tensors()
         path = Path(shutil.copytree(written[storage], tmp_path / "copy"))
-        monkeypatch.setattr("adapters.tensor_file._READ_AT_ONCE", 0)
+        monkeypatch.setattr("adapters.tensor_file.READ_AT_ONCE", 0)
         checkpoint = read_checkpoint(path)
         (path / WEIGHTS_FILE).write_bytes(b"")
         assert all(torch.equal(tensor, expected[key]) for key, tensor in checkpoint.tensors().items())

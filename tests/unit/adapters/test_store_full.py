@@ -26,17 +26,20 @@ import pytest
 import adapters
 from adapters.errors import StorageFull
 from adapters.store import AdapterRecord, AdapterStore, digest_of
+from tests.unit.adapters.store_support import banks, weights_with
 
 SHARED = ""
 KEEP = 2
 PAGE = 4096
 DISK = 16 << 20  # bytes, of the real file system
+CALLS = ("mkdir", "open", "fchmod", "fsync", "link", "rename", "replace")
 
 
 def publish(store: AdapterStore, name: str, content: int) -> AdapterRecord:
     with store.staging() as staged:
         (staged / "adapter_config.json").write_text("{}")
-        (staged / "adapter_model.safetensors").write_bytes(b"%d" % content * 50_000)
+        weights = weights_with(b"bank %d" % (content // 2) * 4_000, own=b"%d" % content * 20_000)
+        (staged / "adapter_model.safetensors").write_bytes(weights)
         return store.publish(SHARED, name, staged, {"info": "x" * 5000}, replace=True)
 
 
@@ -47,6 +50,11 @@ def prepare(data_dir: Path) -> None:
         publish(store, "a", 1)
         publish(store, "b", 1)
         store.activate(SHARED, "a", "switch")
+
+
+def copy(data_dir: Path, target: Path) -> None:
+    """With hard links as they are."""
+    subprocess.run(["cp", "-a", data_dir, target], check=True)
 
 
 OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
@@ -71,6 +79,8 @@ def assert_whole(store: AdapterStore, data_dir: Path) -> None:
     assert all(digest_of(store.path(digest)) == digest for digest in listed)
     assert {f"sha256:{path.name}" for path in (data_dir / "blobs" / "sha256").iterdir()} == listed
     assert list((data_dir / "tmp").iterdir()) == []
+    assert sum(banks(data_dir).values()) == len(listed), "every adapter has a bank, and every bank an adapter"
+    assert all(adapters > 0 for adapters in banks(data_dir).values())
 
 
 class FullDisk:
@@ -90,7 +100,7 @@ class FullDisk:
         with (
             mock.patch.multiple(
                 os,
-                **{name: self._file_call(getattr(os, name)) for name in ("mkdir", "open", "fchmod", "fsync", "rename")},
+                **{name: self._file_call(getattr(os, name)) for name in CALLS},
             ),
             mock.patch.object(store._database, "connection", _Connection(store._database.connection, self)),
         ):
@@ -134,7 +144,7 @@ def test_a_disk_that_fills_up_at_any_step(tmp_path: Path) -> None:
         outcomes = []
         for call in itertools.count():
             data_dir = tmp_path / f"{name}-{call}"
-            shutil.copytree(tmp_path / "before", data_dir)
+            copy(tmp_path / "before", data_dir)
             disk = FullDisk(call)
             with closing(AdapterStore(data_dir, keep_versions=KEEP)) as store:
                 before = contents(store)
@@ -178,7 +188,7 @@ def on_a_full_disk(mount_point: Path) -> None:
     for name, operation in OPERATIONS.items():
         for room in range(0, 400_000, 5 * PAGE):
             data_dir, filler = mount_point / "data", mount_point / "filler"
-            shutil.copytree(mount_point / "before", data_dir)
+            copy(mount_point / "before", data_dir)
             with closing(AdapterStore(data_dir, keep_versions=KEEP)) as store:
                 before = contents(store)
                 _fill(filler, room)

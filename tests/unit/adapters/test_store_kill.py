@@ -8,13 +8,14 @@ Run as a program, this module is the process that gets killed (so it imports lit
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,15 +24,19 @@ from typing import Any
 
 import adapters
 from adapters.errors import AdapterNotFound
+from adapters.split_file import BANK_FILE, WEIGHTS_FILE, is_split
 from adapters.store import AdapterStore, digest_of
 from adapters.store.inventory import Problem
 from adapters.store.repair import repair
+from tests.unit.adapters.store_support import banks, weights_with
 
 SHARED = ""
 KEEP = 2
 KILLS = 100
 ACKNOWLEDGEMENT = b"done\n"
 DEBRIS = {Problem.LEFTOVER, Problem.UNREFERENCED}
+BANKS = [b"x" * 20_000, b"x" * 20_000, b"y" * 20_000]  # of contents 0 and 1, which share theirs, and of 2
+WHOLE = 3  # the content without a bank
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ PREPARATION = [
     Operation("publish", "b", 1),
     Operation("activate", "a"),
 ]
+ONE_MORE = {"delete the last": Operation("publish", "c", 2)}  # the only one with its bank
 STEPS = {
     "publish": Operation("publish", "a", 2),
     "delete": Operation("delete", "a"),
+    "delete the last": Operation("delete", "c"),
     "rollback": Operation("rollback", "a"),
     "activate": Operation("activate", "b"),
     "deactivate": Operation("deactivate", "a"),
@@ -66,7 +73,9 @@ def operations(seed: int) -> Iterator[Operation]:
 
 def write_files(directory: Path, content: int) -> None:
     (directory / "adapter_config.json").write_text(f'{{"content": {content}}}')
-    (directory / "adapter_model.safetensors").write_bytes(b"%d" % content * 50_000)
+    own = b"%d" % content * 20_000
+    weights = own if content == WHOLE else weights_with(BANKS[content], own)
+    (directory / "adapter_model.safetensors").write_bytes(weights)
 
 
 def apply(store: AdapterStore, operation: Operation) -> None:
@@ -133,6 +142,9 @@ def assert_whole(store: AdapterStore, data_dir: Path) -> None:
     assert all(digest_of(store.path(digest)) == digest for digest in listed)
     assert {f"sha256:{path.name}" for path in (data_dir / "blobs" / "sha256").iterdir()} == listed
     assert list((data_dir / "tmp").iterdir()) == []
+    links = [link for folder in ("blobs", "quarantine") for link in (data_dir / folder).rglob(BANK_FILE)]
+    assert banks(data_dir) == Counter(hashlib.sha256(link.read_bytes()).hexdigest() for link in links)
+    assert sum(not is_split(store.path(digest) / WEIGHTS_FILE) for digest in listed) <= 1, "all but one have banks"
 
 
 def contents_by_digest(tmp_path: Path) -> dict[str, int]:
@@ -196,6 +208,10 @@ def test_delete_killed_at_every_step(tmp_path: Path) -> None:
     kill_at_every_step(tmp_path, "delete")
 
 
+def test_delete_of_the_last_with_a_bank_killed_at_every_step(tmp_path: Path) -> None:
+    kill_at_every_step(tmp_path, "delete the last")
+
+
 def test_rollback_killed_at_every_step(tmp_path: Path) -> None:
     kill_at_every_step(tmp_path, "rollback")
 
@@ -213,14 +229,14 @@ def kill_at_every_step(tmp_path: Path, kind: str) -> None:
     contents = contents_by_digest(tmp_path)
     with closing(AdapterStore(tmp_path / "before", keep_versions=KEEP)) as store:
         before = Model()
-        for operation in PREPARATION:
+        for operation in (*PREPARATION, *((ONE_MORE[kind],) if kind in ONE_MORE else ())):
             apply(store, operation)
             before = before.after(operation)
     after = before.after(STEPS[kind])
     outcomes = []
     for call in itertools.count():
         data_dir = tmp_path / f"killed-{call}"
-        shutil.copytree(tmp_path / "before", data_dir)
+        subprocess.run(["cp", "-a", tmp_path / "before", data_dir], check=True)  # with hard links as they are
         with start("step", data_dir, kind, call) as child:
             killed = child.wait() != 0
         assert child.returncode == (-signal.SIGKILL if killed else 0)
@@ -256,7 +272,7 @@ def step(data_dir: Path, kind: str, last_call: int) -> None:
 
         return call
 
-    for name in ("mkdir", "chmod", "fsync", "rename", "unlink", "rmdir"):
+    for name in ("mkdir", "chmod", "fsync", "link", "rename", "replace", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     store._database.connection.set_trace_callback(count)
     apply(store, STEPS[kind])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import blend, engine, residency
+from benchmarks import blend, engine, families, residency
 from benchmarks.report import Target
 
 MACHINE = {"cpu", "cores", "load", "gpu", "torch_threads", "torch", "transformers", "peft", "vblora_serve"}
@@ -56,6 +56,18 @@ def test_residency(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["answered_at_once"] == 4
     assert report["file_bytes"] > 0
     assert {"memory_bytes", "memory_over_file", "register_ms", "answering_grew_bytes"} <= report.keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_families(capsys: pytest.CaptureFixture[str]) -> None:
+    report = last_line(families.main, capsys)
+    private, shared = report["private"], report["shared"]
+    assert (report["adapters"], report["answered_at_once"], report["bank_bytes"]) == (40, 4, 4 * 32 * 16)
+    saved = report["bank_bytes"] * 19 / 20  # the family has one bank for its twenty adapters
+    assert private["disk_bytes"] - shared["disk_bytes"] == pytest.approx(saved, rel=0.01)
+    assert private["file_bytes"] == shared["file_bytes"]
+    assert report["shared_over_private"]["adapters_per_gb_of_disk"] > 1
+    assert {"adapters_per_gb_of_disk_allocated", "adapters_per_gb_of_memory", "register_ms"} <= private.keys()
 
 
 def test_every_target_names_a_figure_that_full_sizes_report() -> None:
