@@ -190,5 +190,5 @@ def _config(members: Sequence[Member], layers: Sequence[LayerShape], bank: Tenso
         topk=topk,
         save_only_topk_weights=True,
         bias=joint_bias(members, VBLoRAConfig),
-        **joint_fields(members, layers),
+        **joint_fields(members, layers, VBLoRAConfig),
     )

@@ -109,9 +109,10 @@ def stack_lora(members: Sequence[tuple[ServedCheckpoint, float]], base: BaseTens
     config = LoRAConfig(
         r=r,
         lora_alpha=float(r),
-        bias=joint_bias(members, LoRAConfig),
+        # On a base without biases there is nothing that it could mean, and other servers refuse it.
+        bias=joint_bias(members, LoRAConfig) if any(key.endswith(".bias") for key in extras) else "none",
         extra=_carried([checkpoint.config.extra for checkpoint, _ in members]),
-        **joint_fields(members, layers),
+        **joint_fields(members, layers, LoRAConfig),
     )
     return LoRACheckpoint(LoRALayout.of(config, layers, extra_specs(extras)), matrices, extras)
 

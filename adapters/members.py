@@ -96,15 +96,18 @@ def extra_specs(extras: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(key, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in extras.items())
 
 
-def joint_fields(members: Members, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    """The config fields that say which modules are adapted and saved.
+def joint_fields(members: Members, layers: Sequence[LayerShape], config_type: type[AdapterConfig]) -> dict[str, Any]:
+    """The fields of a config of this type that say which modules are adapted and saved.
 
-    As the members have them where they agree and adapt the same layers, else every layer by its name.
+    As the members have them where they agree and adapt the same layers, else every layer by its name. So too where
+    null names PEFT's default for another type: for OPT, say, it is six modules for VB-LoRA and two for LoRA.
     """
     configs = [checkpoint.config for checkpoint, _ in members]
     which = {(c.target_modules, c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs}
+    same_layers = len(which) == 1 and {len(c.layout.layers) for c, _ in members} == {len(layers)}
+    default = any(c.target_modules is None and not isinstance(c, config_type) for c in configs)
     targets, exclude, numbers, pattern = tuple(layer.name for layer in layers), None, None, ()
-    if len(which) == 1 and {len(c.layout.layers) for c, _ in members} == {len(layers)}:
+    if same_layers and not default:
         targets, exclude, numbers, pattern = which.pop()  # type: ignore[assignment]
     return {
         "target_modules": targets,

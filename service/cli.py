@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="serve the small model and the adapters that come with the package"))
     _add_inspect(commands.add_parser("inspect", help="validate an adapter and print its parameter count"))
     _add_init(commands.add_parser("init", help="write a fresh adapter for PEFT to train"))
-    _add_export(commands.add_parser("export", help="convert an adapter between compact and full logits"))
+    _add_export(commands.add_parser("export", help="convert an adapter: compact, full logits, or plain LoRA"))
     _add_blend(commands.add_parser("blend", help="make one adapter of a weighted sum of several"))
     _add_merge(commands.add_parser("merge", help="write the base model with adapters folded into its weights"))
     _add_push(commands.add_parser("push", help="upload many adapters to a server"))

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from adapters.checkpoint import LogitsCheckpoint
-from adapters.export import converted, write_adapter
+from adapters.export import converted, write_files
 from adapters.parameters import Storage
 from adapters.reading import read_adapter
+from adapters.staging import staged_directory
+from service.api.adapter_files import OPTIONAL_FILES
 from service.commands.output import say, working
 
 
 def run(directory: Path, *, format: str, output: Path) -> int:
-    """Writes the adapter in `directory` to `output` in another storage, or the same. Raises AdapterError."""
+    """Writes the adapter in `directory` to `output` in another storage, or the same; its chat template comes along.
+
+    Raises AdapterError for one that is refused, FileExistsError if something is in `output`.
+    """
     with working(f"Reading {directory}"):
         result = converted(read_adapter(directory), Storage(format))
-    with working(f"Writing {output}"):
-        write_adapter(result, output)
+    with working(f"Writing {output}"), staged_directory(output) as staged:
+        write_files(result, staged)
+        for name in OPTIONAL_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, staged / name)
     say(f"Wrote {output}")
     say(result.layout.parameters().summary)
     if isinstance(result, LogitsCheckpoint) and not result.resumable:

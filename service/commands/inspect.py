@@ -17,7 +17,7 @@ from service.commands import CommandError
 from service.commands.base import read_base
 from service.commands.output import complain, say, show_counts, show_facts, show_json, show_layers, working
 
-EXTRAS_WARNING = "trained biases and saved modules are counted, but a server takes only those that equal the base's own"
+EXTRAS_WARNING = "trained biases and saved modules are held against the base by the server that loads them, not here"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -191,11 +191,23 @@ def test_vb_lora_as_lora_is_exact_and_loads_in_peft(arch: Arch, stored_compact: 
     for (layer, a, b_t), (other, other_a, other_b) in zip(served(source).factors(), again.factors(), strict=True):
         assert (layer, True, True) == (other, torch.equal(a, other_a), torch.equal(b_t, other_b))
     config = LoraConfig.from_pretrained(str(tmp_path / "lora"))
-    assert (config.r, config.lora_alpha, config.bias) == (3, 3, "lora_only")
+    has_biases = arch != "llama"
+    assert (config.r, config.lora_alpha, config.bias) == (3, 3, "lora_only" if has_biases else "none")
     assert config.fan_in_fan_out == (arch == "gpt2")
     assert set(config.target_modules) == set(json.loads((source / CONFIG_FILE).read_text())["target_modules"])
     expected = peft_logits(peft_reference(MODELS[arch], source), PROMPT)
     torch.testing.assert_close(peft_logits(peft_reference(MODELS[arch], tmp_path / "lora"), PROMPT), expected)
+
+
+def test_null_targets_of_vb_lora_are_not_taken_for_those_of_lora(tmp_path: Path) -> None:
+    """PEFT's defaults differ by type: for OPT null is six modules of VB-LoRA, and two of LoRA."""
+    model = tiny_model("opt")
+    source = make_adapter(model, AdapterSpec(target_modules=None), tmp_path / "named")
+    source = rewrite(source, tmp_path / "source", config={"target_modules": None})
+    write_adapter(converted(read_adapter(source), Storage.LORA), tmp_path / "lora")
+    expected = peft_logits(peft_reference(model, source), PROMPT)
+    torch.testing.assert_close(peft_logits(peft_reference(model, tmp_path / "lora"), PROMPT), expected)
+    assert {"fc1", "k_proj"} <= {layer.name.rpartition(".")[2] for layer in served(tmp_path / "lora").layout.layers}
 
 
 def test_an_adapter_in_its_own_storage_is_itself_and_lora_has_no_way_back(tmp_path: Path) -> None:

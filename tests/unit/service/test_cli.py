@@ -353,6 +353,19 @@ class TestExport:
         assert code == 1
         assert "already exists" in err
 
+    def test_the_chat_template_comes_along(
+        self, capsys: pytest.CaptureFixture[str], compact: Path, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        shutil.copytree(compact, source)
+        for name in ("chat_template.jinja", "tokenizer_config.json", "README.md"):
+            (source / name).write_text("{}")
+        assert run(capsys, "export", source, "--format", "lora", "--output", tmp_path / "out")[0] == 0
+        written = {path.name for path in (tmp_path / "out").iterdir()}
+        assert written == {
+            "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json"
+        }  # fmt: skip
+
 
 class TestPlainLora:
     @pytest.fixture
