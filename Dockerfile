@@ -68,6 +68,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adapters/ adapters/
 COPY service/ service/
+COPY vblora_vllm/ vblora_vllm/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.crt \

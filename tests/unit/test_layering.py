@@ -22,6 +22,7 @@ RULES = {
     "service/settings.py": ({"service.settings", "service.setting_kinds"}, {"torch", "transformers", "fastapi"}),
     "service/logs.py": (set(), {"torch", "transformers", "fastapi"}),
     "service/metrics.py": ({"adapters", "service.engine"}, {"torch", "transformers", "fastapi"}),
+    "vblora_vllm": ({"adapters", "vblora_vllm"}, {"transformers", "fastapi", "starlette", "uvicorn", "peft"}),
 }
 # Policy: tested in milliseconds, so it must not wait for torch.
 WITHOUT_TORCH = ["service/engine/scheduler.py", "service/engine/sequence.py", "service/engine/events.py"]
@@ -61,7 +62,7 @@ def test_imports_go_one_way(part: str) -> None:
     allowed, forbidden = RULES[part]
     for source in sources(part):
         for module in imports(source):
-            ours = module.split(".")[0] in {"adapters", "service", "tests"}
+            ours = module.split(".")[0] in {"adapters", "service", "vblora_vllm", "tests"}
             assert not ours or within(module, allowed), f"{source.relative_to(ROOT)} must not import {module}"
             assert not within(module, forbidden), f"{source.relative_to(ROOT)} must not know {module}"
 
@@ -87,3 +88,16 @@ def test_only_ray_app_may_know_ray() -> None:
     for source in sources("service") + sources("adapters"):
         if source.name != "ray_app.py":
             assert not any(module.split(".")[0] == "ray" for module in imports(source))
+
+
+def test_only_the_plugins_resolver_may_know_vllm() -> None:
+    """It is an extra, and imports CUDA: whoever else imports the plugin must not need it."""
+    for source in sources("service") + sources("adapters") + sources("vblora_vllm"):
+        if source != ROOT / "vblora_vllm" / "resolver.py":
+            assert not any(module.split(".")[0] == "vllm" for module in imports(source)), source
+
+
+def test_nothing_else_imports_the_plugin() -> None:
+    """vLLM alone does, through its entry point."""
+    for source in sources("service") + sources("adapters"):
+        assert not any(within(module, {"vblora_vllm"}) for module in imports(source)), source
