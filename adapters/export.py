@@ -27,7 +27,7 @@ def converted(checkpoint: AnyCheckpoint, storage: Storage) -> AnyCheckpoint:
     compact = as_served(checkpoint)
     if isinstance(compact, LoRACheckpoint):
         raise InvalidSelection(
-            f"this is a plain LoRA adapter: it has no vector bank that {storage!r} could hold; export it as 'lora'",
+            f"this is a plain LoRA adapter: it has no vector bank for {storage.value!r} to hold; export it as 'lora'",
             subject="format",
         )
     match storage:

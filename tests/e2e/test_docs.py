@@ -13,7 +13,7 @@ from tests.documented import DOCUMENTED_URL, commands_of, demo_server, differenc
 from tests.server import ROOT
 
 OPENAPI = ROOT / "tests" / "api" / "openapi.json"
-DOCUMENTS = ["README.md", "docs/api.md", "docs/operations.md"]
+DOCUMENTS = ["README.md", "docs/api.md", "docs/operations.md", "docs/export.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

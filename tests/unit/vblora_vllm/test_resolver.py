@@ -269,6 +269,16 @@ def test_an_alias_says_that_it_is_the_base(library: Path, monkeypatch: pytest.Mo
     assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
 
 
+def test_a_base_that_is_not_named_is_a_warning(library: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_adapter(LLAMA, AdapterSpec(), library / "sql")
+    make_adapter(LLAMA, AdapterSpec(base_model_name_or_path=BASE), library / "named")
+    with caplog.at_level(logging.WARNING, logger="vllm.vblora"):
+        models = server()
+        assert resolved("named", models) != resolved("sql", models)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("adapter sql: its config names no base")
+
+
 def test_a_cached_adapter_is_still_held_against_the_base(library: Path) -> None:
     make_adapter(LLAMA, AdapterSpec(base_model_name_or_path=BASE), library / "sql")
     assert resolved("sql").is_dir()
