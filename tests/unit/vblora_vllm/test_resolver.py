@@ -127,6 +127,7 @@ LORA_FORMS: dict[str, dict[str, Any]] = {
     "alpha": {"lora_alpha": 3},
     "rslora": {"lora_alpha": 5, "use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 2}, "use_rslora": True},
+    "biases of a base that has none": {"bias": "lora_only"},
     "bf16": {"dtype": torch.bfloat16},
 }
 
