@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM's interface: the one of these tests, and that of vLLM itself where it is installed."""
     if request.param == "installed":
-        pytest.importorskip("vllm", reason="vLLM is not installed")
+        pytest.importorskip("vllm.lora.resolver", reason="vLLM is not installed")
     else:
         for name, module in fake_vllm.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
