@@ -120,7 +120,8 @@ def peft_model(arch: Arch, path: Path) -> PeftModel:
         config.inference_mode = True
         model = PeftModel(copy.deepcopy(base(arch)), config)
         result = model.load_adapter(str(path), "default")
-    assert not result.unexpected_keys
+    # With `bias: all` PEFT writes a saved module's bias a second time, and does not know the copy again.
+    assert not [key for key in result.unexpected_keys if not key.endswith(".modules_to_save.bias")]
     # PEFT shows the bank in every layer that refers to it, and files have it once.
     assert not [key for key in result.missing_keys if re.search(r"lora_(?!vector_bank)", key)]
     return model.eval()
