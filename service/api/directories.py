@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters.config import CONFIG_FILE
+from adapters.split_file import BANK_FILE
 from service.api.adapter_files import ADAPTER_FILES, MAX_OPTIONAL_BYTES, OPTIONAL_FILES
 from service.api.source_errors import SourceNotFound, bad_source, too_large
 
@@ -81,6 +82,10 @@ def _closing(descriptor: int) -> Iterator[None]:
 
 
 def _copy_files(directory: int, staged: Path, max_bytes: int, flags: int) -> None:
+    if BANK_FILE in os.listdir(directory):
+        raise bad_source(
+            "this is how a store keeps an adapter, its bank apart: `vblora-serve export` makes a copy of it"
+        )
     room = max_bytes
     for name in ADAPTER_FILES:
         room -= _copy_file(directory, name, staged / name, room, flags)

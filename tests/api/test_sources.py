@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.split_file import BANK_FILE, WEIGHTS_FILE, open_file
 from service.api import directories, sources
 from service.api.directories import copy_directory
 from service.api.hub_ids import HubPattern
@@ -104,8 +105,14 @@ def test_the_store_is_no_source(make_server: Callable[..., Server], tmp_path: Pa
             403,
             "forbidden",
         )
-    shutil.copytree(stored, server.data_dir / "incoming")
-    assert load(server, server.data_dir / "incoming").status_code == 201, "the rest of the directory is the operator's"
+    copied = server.data_dir / "incoming"
+    shutil.copytree(stored, copied)
+    assert "bank apart" in error_of(load(server, copied), 400, "invalid_request")["message"]
+    with open_file(copied / WEIGHTS_FILE) as file:
+        weights = file.read()
+    (copied / WEIGHTS_FILE).write_bytes(weights)
+    (copied / BANK_FILE).unlink()
+    assert load(server, copied).status_code == 201, "the rest of the directory is the operator's"
 
 
 def test_without_an_allowed_root_everything_is_forbidden(make_server: Callable[..., Server], root: Path) -> None:
