@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from service.engine.build import EngineOptions
 from service.engine.self_test import choose_runner
 
 BASE = "base"
+T = TypeVar("T")
 
 
 class Rows:
@@ -54,7 +55,7 @@ def measure_decode_step(stage: Stage, sizes: EngineSizes, names: Sequence[str], 
         batches = {BASE: Rows(stage, prompts, None)}
         batches.update((name, Rows(stage, prompts, batch)) for name, batch in mixes.items())
         for turn in range(sizes.decode_steps):
-            for name in _rotated(list(batches), turn):
+            for name in rotated(list(batches), turn):
                 spent[name].append(timed(batches[name].step)[1])
     base = spent.pop(BASE)
     return {
@@ -78,7 +79,7 @@ def mixed(factors: Sequence[AdapterFactors], rows: int, stack: FactorStack) -> L
     return LowRankBatch(list(factors), weights, stack)
 
 
-def _rotated(names: list[str], turn: int) -> list[str]:
+def rotated(names: Sequence[T], turn: int) -> list[T]:
     """Everyone goes first equally often: whoever follows a larger batch finds colder caches."""
     first = turn % len(names)
-    return names[first:] + names[:first]
+    return [*names[first:], *names[:first]]

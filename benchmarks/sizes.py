@@ -66,6 +66,27 @@ class ResidencySizes:
     output: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class ServingSizes:
+    """`prompt` and `output` are the least and the most tokens of a request, `requests` those of a closed loop."""
+
+    model: ModelShape = ModelShape()
+    adapter: AdapterShape = AdapterShape()
+    adapters: int = 16  # that the requests are spread over
+    clients: int = 16
+    requests: int = 32
+    prompt: tuple[int, int] = (16, 128)
+    output: tuple[int, int] = (16, 64)
+    peft_batch: int = 8
+    offered: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # requests a second
+    arrivals: int = 24  # at each rate
+    step_adapters: tuple[int, ...] = (1, 8, 64)  # that are used; the last is the number of rows, too
+    decode_context: int = 64
+    decode_steps: int = 20
+    memory_adapters: tuple[int, ...] = (1, 8, 64, 512, 4096)
+    peft_memory_adapters: tuple[int, ...] = (1, 8, 64)
+
+
 _TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256, context=256)
 _TINY_ADAPTER = AdapterShape(num_vectors=32, vector_length=16)
 
@@ -91,4 +112,21 @@ QUICK_ENGINE = EngineSizes(
 )
 QUICK_RESIDENCY = ResidencySizes(
     model=_TINY_MODEL, adapter=AdapterShape(num_vectors=32, vector_length=16, targets=("q_proj", "v_proj")), answering=4
+)
+QUICK_SERVING = ServingSizes(
+    model=_TINY_MODEL,
+    adapter=_TINY_ADAPTER,
+    adapters=3,
+    clients=3,
+    requests=6,
+    prompt=(4, 12),
+    output=(4, 12),
+    peft_batch=2,
+    offered=(20.0, 40.0),
+    arrivals=4,
+    step_adapters=(1, 4),
+    decode_context=8,
+    decode_steps=4,
+    memory_adapters=(1, 3),
+    peft_memory_adapters=(1,),
 )

@@ -8,8 +8,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from benchmarks.sizes import EngineSizes
+from benchmarks.sizes import ModelShape
 from service.engine.events import Event, FinishedEvent, TokenEvent
 from service.engine.seam import Engine
 from service.engine.selection import Selection
@@ -18,7 +19,20 @@ from service.engine.sequence import GenerationRequest, SamplingParams
 _TIMEOUT_S = 1800.0
 
 
-def make_requests(sizes: EngineSizes, selections: Sequence[Selection], turn: int = 0) -> list[GenerationRequest]:
+class RequestSizes(Protocol):
+    """How many requests, and of what lengths: `prompt` and `output` are the least and the most tokens of one."""
+
+    @property
+    def model(self) -> ModelShape: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def prompt(self) -> tuple[int, int]: ...
+    @property
+    def output(self) -> tuple[int, int]: ...
+
+
+def make_requests(sizes: RequestSizes, selections: Sequence[Selection], turn: int | str = 0) -> list[GenerationRequest]:
     """Greedy requests dealt to the selections in turn. Their lengths are always the same, their prompts never.
 
     An engine that remembers prompts would otherwise answer the second turn from memory.
