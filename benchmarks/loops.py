@@ -69,8 +69,8 @@ def measure_open_loop(
 
 
 def _check(label: str, sizes: ServingSizes, endpoints: Endpoints, chosen: Sequence[Selection]) -> None:
-    requests = make_requests(replace(sizes, requests=sizes.clients), chosen, f"{label}-check")
-    check_answers(endpoints, requests, sizes.clients)
+    checked = replace(sizes, requests=sizes.clients, output=sizes.checked_output)
+    check_answers(endpoints, make_requests(checked, chosen, f"{label}-check"), sizes.clients)
 
 
 def compared(endpoints: Endpoints, rounds: int, ask: Callable[[Endpoint, int], Answers]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class ServingSizes:
     requests: int = 32
     prompt: tuple[int, int] = (16, 128)
     output: tuple[int, int] = (16, 64)
+    checked_output: tuple[int, int] = (8, 16)  # of the requests whose answers are compared before anything is timed
     peft_batch: int = 8
     offered: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # requests a second
     arrivals: int = 24  # at each rate
@@ -121,6 +122,7 @@ QUICK_SERVING = ServingSizes(
     requests=6,
     prompt=(4, 12),
     output=(4, 12),
+    checked_output=(4, 8),
     peft_batch=2,
     offered=(20.0, 40.0),
     arrivals=4,
