@@ -57,9 +57,8 @@ def _shrink(
     used = slot >= 0
     slot = tl.where(used, slot, 0)
     rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=used, other=0)
-    r = first_rank + tl.arange(0, BLOCK_R)
-    sums = tl.zeros([BLOCK_R], dtype=tl.float32)
-    if first_rank < rank:
+    if first_rank < rank:  # what is beyond it, expand does not read
+        r = first_rank + tl.arange(0, BLOCK_R)
         own_x = x + (entry // MEMBERS).to(tl.int64) * x_stride
         bank = banks + tl.load(places + slot).to(tl.int64) * num_vectors * VECTOR_LENGTH
         products = tl.zeros([BLOCK_R, BLOCK_T, BLOCK_L], dtype=tl.float32)
@@ -85,9 +84,8 @@ def _shrink(
                 mixed += weight[:, :, None] * vectors.to(tl.float32)
             products += mixed * x_tile.to(tl.float32)[None, :, :]
         sums = tl.sum(tl.sum(products, axis=2), axis=1) * tl.load(row_weights + entry)
-    # Zeros too: expand reads all of `h`, which holds whatever the last batch left there.
-    row_of_h = (split * tl.num_programs(0) + entry) * PROJECTIONS + projection
-    tl.store(h + row_of_h * RANK + r, tl.where(r < rank, sums, 0.0), mask=r < RANK)
+        row_of_h = (split * tl.num_programs(0) + entry) * PROJECTIONS + projection
+        tl.store(h + row_of_h * RANK + r, sums, mask=r < rank)
 
 
 @triton.jit

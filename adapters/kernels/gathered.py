@@ -44,9 +44,8 @@ def _shrink(
     used = slot >= 0
     slot = tl.where(used, slot, 0)
     rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=used, other=0)
-    r = first_rank + tl.arange(0, BLOCK_R)
-    sums = tl.zeros([BLOCK_R], dtype=tl.float32)
-    if first_rank < rank:
+    if first_rank < rank:  # what is beyond it, expand does not read
+        r = first_rank + tl.arange(0, BLOCK_R)
         own_x = x + (entry // MEMBERS).to(tl.int64) * x_stride
         own_a = a + ((slot * PROJECTIONS + projection) * RANK + r[:, None]) * in_features
         products = tl.zeros([BLOCK_R, BLOCK_F], dtype=tl.float32)
@@ -57,8 +56,8 @@ def _shrink(
             some_a = tl.load(own_a + feature[None, :], mask=(r < rank)[:, None] & in_x[None, :], other=0.0)
             products += some_a.to(tl.float32) * some_x[None, :]
         sums = tl.sum(products, axis=1) * tl.load(row_weights + entry)
-    row_of_h = (split * tl.num_programs(0) + entry) * PROJECTIONS + projection
-    tl.store(h + row_of_h * RANK + r, tl.where(r < rank, sums, 0.0), mask=r < RANK)
+        row_of_h = (split * tl.num_programs(0) + entry) * PROJECTIONS + projection
+        tl.store(h + row_of_h * RANK + r, sums, mask=r < rank)
 
 
 @triton.jit

@@ -100,6 +100,16 @@ class TestAdding:
         assert error < tolerance(dtype, "cpu")
 
     @both
+    def test_a_blend_whose_last_member_lacks_a_projection(self, pair: Pair):
+        group = build(SMALL)
+        assert None in group.names[1]
+        group.rows.set([[(0, 1.0), (1, 1.0)], [(1, 1.0), (0, 1.0)]] * 2)
+        output = torch.randn(4, group.case.shape.total_out)
+        exact = output.double() + reference.delta(group.x, group.table(pair), group.rows)
+        group.delta(pair).add_to(output, group.x)
+        torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
+
+    @both
     def test_into_columns_of_a_wider_tensor(self, pair: Pair):
         """Rows need not lie one after the other, only be contiguous each."""
         group, expected = build(SMALL), build(SMALL).written(pair)
