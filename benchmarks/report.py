@@ -16,7 +16,7 @@ import torch
 
 from service import __version__
 
-_PACKAGES = ("transformers", "peft", "safetensors")
+_PACKAGES = ("transformers", "peft", "safetensors", "triton")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client, which reads it once
+# Before anything imports Triton: kernels are interpreted, on the CPU. tests/gpu compiles in a process of its own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
 

@@ -59,13 +59,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(tmp_path / "data", keep_versions=2)
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def registry(store: AdapterStore, model: AdaptedModel) -> AdapterRegistry:
     return make_registry(store, model, budget=10 * FACTOR_BYTES)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,13 +53,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: path if name == "alone" else rewrite(path, root / name, tensors={BANK: bank.clone()})
         for name, path in made.items()
     }
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(tmp_path / "data", keep_versions=2)
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -61,11 +61,6 @@ def assert_consistent(store: AdapterStore, data_dir: Path) -> None:
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def store(data_dir: Path) -> Iterator[AdapterStore]:
     store = AdapterStore(data_dir, keep_versions=3, reserved=frozenset({"tiny-base"}))
     yield store

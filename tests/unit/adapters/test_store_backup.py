@@ -17,11 +17,6 @@ from tests.unit.adapters.store_support import publish
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def store(data_dir: Path) -> Iterator[AdapterStore]:
     store = AdapterStore(data_dir)
     yield store

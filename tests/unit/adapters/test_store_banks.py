@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -36,18 +36,6 @@ OTHER = b"another bank" * 1000
 NAME = hashlib.sha256(BANK).hexdigest()
 ONE, TWO, THREE = (weights_with(BANK, own=f"adapter {n}".encode() * 500) for n in range(3))
 ALONE = weights_with(OTHER, own=b"alone" * 500)
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def store(data_dir: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(data_dir, keep_versions=2)
-    yield store
-    store.close()
 
 
 def weights_of(store: AdapterStore, name: str) -> Path:

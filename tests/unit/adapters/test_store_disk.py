@@ -9,7 +9,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,6 @@ from adapters.errors import StorageFull, StoreCorrupt, StoreError, UnsupportedCh
 from adapters.store import AdapterStore, schema
 from adapters.store.reserve import Reserve
 from tests.unit.adapters.store_support import SHARED, assert_consistent, blobs, publish
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def store(data_dir: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(data_dir, keep_versions=2)
-    yield store
-    store.close()
 
 
 class Connection:

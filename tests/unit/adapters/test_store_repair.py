@@ -22,11 +22,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def digests(data_dir: Path) -> dict[str, str]:
     """A store with `sql` of two versions, the newer one current and active; `style`; and `mine`, a tenant's own."""
     with closing(AdapterStore(data_dir)) as store:
