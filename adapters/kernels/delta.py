@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -145,7 +144,13 @@ def _buffer(splits: int, table: SelectionTable | FactorTable, rows: RowTable) ->
 def _kernels(pair: Pair) -> Any:
     """The module with the pair's shrink and expand, which differ in the table they take."""
     try:
-        return import_module(f"adapters.kernels.{pair.value}")
+        if pair is Pair.GATHERED:
+            from adapters.kernels import gathered  # Triton, which is an extra
+
+            return gathered
+        from adapters.kernels import bank_direct
+
+        return bank_direct
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.partition(".")[0] != "triton":
             raise
