@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from adapters.low_rank import LowRankBatch
+from adapters.packed import own_value
 from adapters.replacements import is_replaceable
 from adapters.targets import BaseModules
 
@@ -91,7 +92,7 @@ class AdaptedModel:
         except AttributeError:
             return None
         value = getattr(owner, attribute, None)
-        return value if isinstance(value, Tensor) else None
+        return own_value(owner, attribute) if isinstance(value, Tensor) else None
 
     @contextmanager
     def using(self, batch: LowRankBatch | None) -> Iterator[None]:

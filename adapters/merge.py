@@ -19,6 +19,7 @@ from adapters.compose import delta
 from adapters.errors import InvalidSelection
 from adapters.factors import AdapterFactors
 from adapters.layers import AdaptedModel
+from adapters.packed import PackedLinear, own_value
 from adapters.replacements import blended
 from adapters.targets import is_conv1d
 
@@ -74,7 +75,7 @@ class Merger:
             low_rank = stacked(selection, name) if attribute == "weight" else None
             if low_rank is None:
                 continue
-            folded: Tensor = getattr(layer, attribute)
+            folded = own_value(layer, attribute)
             pristine = self._pristine[f"{name}.{attribute}"].to(folded.device)
             change = delta(*low_rank, transposed=is_conv1d(layer))
             base = blended(pristine.float(), replacing(selection, (name, attribute)))
@@ -87,8 +88,12 @@ class Merger:
     def restore(self) -> None:
         """Puts every folded parameter's own value back. Bit-exact; does nothing when nothing is folded."""
         for (name, attribute), parameter in self._folded.items():
-            parameter.data.copy_(self._pristine[f"{name}.{attribute}"])
-            self._model.base_layer(name)._parameters[attribute] = parameter  # type: ignore[assignment]
+            layer, pristine = self._model.base_layer(name), self._pristine[f"{name}.{attribute}"]
+            if (packed := _packed(layer, attribute)) is not None:
+                packed.pack(pristine)
+                continue
+            parameter.data.copy_(pristine)
+            layer._parameters[attribute] = parameter  # type: ignore[assignment]
         self._folded.clear()
 
     @torch.inference_mode()
@@ -98,13 +103,18 @@ class Merger:
         own: Tensor = getattr(layer, attribute)
         if not own.is_floating_point():
             raise InvalidSelection(f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it")
-        if f"{name}.{attribute}" not in self._pristine:
-            self._pristine[f"{name}.{attribute}"] = own.detach().to("cpu", copy=True)
+        packed = _packed(layer, attribute)
+        key = f"{name}.{attribute}"
+        if key not in self._pristine:
+            self._pristine[key] = packed.dense() if packed is not None else own.detach().to("cpu", copy=True)
         self._folded[place] = own
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
-        folded: Tensor = getattr(layer, attribute).data
-        replaced = blended(own.detach().float(), replacing(selection, place))
+        if packed is None:
+            base, folded = own.detach(), getattr(layer, attribute).data
+        else:
+            base, folded = self._pristine[key], torch.empty_like(self._pristine[key])
+        replaced = blended(base.float(), replacing(selection, place))
         low_rank = stacked(selection, name) if attribute == "weight" else None
         if low_rank is None:
             folded.copy_(replaced)
@@ -112,6 +122,13 @@ class Merger:
             _put_sum(folded, replaced, *low_rank, transposed=is_conv1d(layer))
         if not math.isfinite(float(torch.linalg.vector_norm(folded, torch.inf))):
             raise InvalidSelection(f"the selection overflows {own.dtype} when folded into {name!r}; use mode 'switch'")
+        if packed is not None:
+            packed.pack(folded)
+
+
+def _packed(layer: nn.Module, attribute: str) -> PackedLinear | None:
+    """The layer, if this parameter of it is a packed weight."""
+    return layer if attribute == "weight" and isinstance(layer, PackedLinear) else None
 
 
 def _put_sum(weight: Tensor, base: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:

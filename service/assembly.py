@@ -153,6 +153,7 @@ def _load_base(settings: Settings) -> LoadedBase:
         device=settings.device,
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
+        pack_weights=settings.pack_weights,
     )
     facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
     log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
+from adapters.packed import pack_linear_layers
 from adapters.targets import BaseModules
 from service.engine.tokenizer import TextTokenizer
 
@@ -107,14 +108,21 @@ def load_base(
     device: str = "auto",
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
+    pack_weights: bool = True,
 ) -> LoadedBase:
-    """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError."""
+    """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
+
+    `pack_weights` lays linear weights on a CPU out for oneDNN.
+    """
     where = pick_device(device)
     pretrained = load_pretrained(model, dtype=dtype, device=where)
     config, loaded = pretrained.config, pretrained.model
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
     modules = modules_of(loaded, config)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    if pack_weights:
+        pack_linear_layers(loaded)
     name = served_model_name or served_name(model)
     return LoadedBase(
         id=name,
@@ -127,7 +135,7 @@ def load_base(
         context=_context(config),
         vocabulary=pretrained.vocabulary,
         eos_token_ids=pretrained.eos_token_ids,
-        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+        parameters=parameters,
         fingerprint=fingerprint,
         created=int(time.time()),
     )

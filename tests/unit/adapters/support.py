@@ -17,6 +17,7 @@ from adapters.checkpoint import TopKCheckpoint, read_checkpoint
 from adapters.factors import AdapterFactors, LayerFactors
 from adapters.layers import AdaptedModel
 from adapters.low_rank import LowRankBatch
+from adapters.packed import pack_linear_layers
 from adapters.reading import as_served, read_adapter
 from adapters.safetensors_header import WEIGHTS_FILE
 from adapters.targets import BaseModules
@@ -34,10 +35,13 @@ def base_modules(model: PreTrainedModel) -> BaseModules:
     )
 
 
-def adapted(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+def adapted(model: PreTrainedModel, dtype: torch.dtype = torch.float32, *, packed: bool = False) -> AdaptedModel:
     """A wrapped copy; the model stays as it is."""
     model = copy.deepcopy(model).to(dtype)
-    return AdaptedModel(model, base_modules(model))
+    modules = base_modules(model)
+    if packed:
+        assert pack_linear_layers(model) > 0
+    return AdaptedModel(model, modules)
 
 
 def compact(path: Path) -> TopKCheckpoint:

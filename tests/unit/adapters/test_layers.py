@@ -57,10 +57,19 @@ def llama(written: Mapping[Arch, Mapping[str, Path]]) -> Mapping[str, AdapterFac
     return {name: factors(path) for name, path in written["llama"].items()}
 
 
+@pytest.fixture(params=["as chosen", "in blocks"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mixes here are so small that blocks would never be chosen."""
+    if request.param == "in blocks":
+        monkeypatch.setattr("adapters.products._FEW", 0)
+        monkeypatch.setattr("adapters.products._OVERHEAD", 0)
+
+
 def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 class TestMixedBatch:
     @pytest.mark.parametrize("arch", ARCHS)
@@ -111,6 +120,7 @@ class TestMixedBatch:
         assert torch.equal(token_logits(model, PROMPTS, batch), token_logits(model, PROMPTS, batch))
 
 
+@pytest.mark.usefixtures("products")
 class TestSharedStack:
     """Batches that come and go on one stack, as the engine makes them, with what siblings share."""
 
@@ -172,6 +182,7 @@ class TestSharedStack:
             torch.testing.assert_close(again, layer(x))
 
 
+@pytest.mark.usefixtures("products")
 class TestBlends:
     def test_a_blend_is_the_weighted_sum_of_deltas(self, llama: Mapping[str, AdapterFactors]):
         """In one layer, where nothing non-linear comes between."""
@@ -193,6 +204,7 @@ class TestBlends:
         close(token_logits(model, PROMPTS, batch), token_logits(model, PROMPTS))
 
 
+@pytest.mark.usefixtures("products")
 class TestNeighbours:
     """What one row's adapter does, however wild, stays in its row."""
 
@@ -240,6 +252,7 @@ class Flat(nn.Module):
         return self.flat(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+@pytest.mark.usefixtures("products")
 class TestShapes:
     def model(self) -> tuple[AdaptedModel, AdapterFactors]:
         flat = Flat()
