@@ -32,6 +32,7 @@ class Floor:
     operations: int
     bytes_per_s: float
     operations_per_s: float
+    dtype: torch.dtype = torch.float32
 
     def step_s(self, tokens: int | float, factor_bytes: int = 0) -> float:
         """A step over so many tokens: weights and factors are read once, however many tokens there are."""
@@ -60,13 +61,14 @@ class Floor:
 
 def measure_floor(stage: Stage, shape: ModelShape) -> Floor:
     read = stage.base.parameters - shape.vocabulary * shape.hidden  # of the input embeddings a token reads one row
-    bytes_per_s, operations_per_s = in_own_thread(stage.threads, _speeds)
-    return Floor(read * stage.base.dtype.itemsize, 2 * read, bytes_per_s, operations_per_s)
+    dtype = stage.base.dtype
+    bytes_per_s, operations_per_s = in_own_thread(stage.threads, partial(_speeds, dtype))
+    return Floor(read * dtype.itemsize, 2 * read, bytes_per_s, operations_per_s, dtype)
 
 
-def _speeds() -> tuple[float, float]:
+def _speeds(dtype: torch.dtype) -> tuple[float, float]:
     data = torch.ones(_READ_BYTES // 4)
-    square = torch.ones(_SIDE, _SIDE)
+    square = torch.ones(_SIDE, _SIDE, dtype=dtype)
     return _READ_BYTES / _best_s(data.sum), 2 * _SIDE**3 / _best_s(partial(torch.mm, square, square))
 
 

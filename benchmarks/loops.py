@@ -10,6 +10,8 @@ from functools import partial
 from statistics import fmean, median
 from typing import Any
 
+import torch
+
 from benchmarks.contenders.lineup import SERVER, Endpoints, agreed, check_answers
 from benchmarks.decode_step import rotated
 from benchmarks.floor import Floor
@@ -30,7 +32,7 @@ def measure_closed_loop(
 
     The label makes prompts of its own: the server remembers those that it has seen.
     """
-    _check(label, sizes, endpoints, chosen)
+    _check(label, sizes, endpoints, chosen, floor)
     closed_loop(endpoints[SERVER].ask, make_requests(sizes, chosen, f"{label}-warm"), sizes.clients)
     requests = [make_requests(sizes, chosen, f"{label}-{turn}") for turn in range(rounds)]
 
@@ -51,7 +53,7 @@ def measure_open_loop(
 ) -> dict[str, Any]:
     """The same arrivals at each contender, in turn, at each rate of requests a second."""
     arriving = replace(sizes, requests=sizes.arrivals)
-    _check(label, sizes, endpoints, chosen)
+    _check(label, sizes, endpoints, chosen, floor)
     figures = {}
     for rate in sizes.offered:
         requests = [make_requests(arriving, chosen, f"{label}-{rate:g}-{turn}") for turn in range(rounds)]
@@ -68,9 +70,11 @@ def measure_open_loop(
     return figures
 
 
-def _check(label: str, sizes: ServingSizes, endpoints: Endpoints, chosen: Sequence[Selection]) -> None:
+def _check(label: str, sizes: ServingSizes, endpoints: Endpoints, chosen: Sequence[Selection], floor: Floor) -> None:
     checked = replace(sizes, requests=sizes.clients, output=sizes.checked_output)
-    check_answers(endpoints, make_requests(checked, chosen, f"{label}-check"), sizes.clients)
+    check_answers(
+        endpoints, make_requests(checked, chosen, f"{label}-check"), sizes.clients, alike=floor.dtype is torch.float32
+    )
 
 
 def compared(endpoints: Endpoints, rounds: int, ask: Callable[[Endpoint, int], Answers]) -> dict[str, Any]:

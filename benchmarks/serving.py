@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     sizes = QUICK_SERVING if options.quick else replace(ServingSizes(), requests=options.requests)
     rounds = 1 if options.quick else options.rounds
-    with open_stage(sizes.model, dtype="float32", device="cpu", threads=options.threads) as stage:
+    with open_stage(sizes.model, dtype=options.dtype, device="cpu", threads=options.threads) as stage:
         figures = measure(stage, sizes, options.measures, rounds)
     if options.plot is not None and "open_loop" in figures:
         options.plot.write_text(first_token_plot(figures["open_loop"]), encoding="utf-8")
@@ -91,6 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs, nothing more")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions that medians are taken of (3)")
     parser.add_argument("--threads", type=int, default=2, help="the threads that each contender computes with (2)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's (float32)")
     parser.add_argument("--requests", type=int, default=32, help="of a closed loop's round (32)")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES, help="which to take (all)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw first tokens against the offered load")

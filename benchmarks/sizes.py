@@ -88,6 +88,15 @@ class ServingSizes:
     peft_memory_adapters: tuple[int, ...] = (1, 8, 64)
 
 
+@dataclass(frozen=True, slots=True)
+class StartupSizes:
+    """A model so large that its weights count, not only the packages' imports."""
+
+    model: ModelShape = ModelShape(hidden=1536, intermediate=4096)
+    adapter: AdapterShape = AdapterShape()
+    adapters: int = 16  # registered at the start
+
+
 _TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256, context=256)
 _TINY_ADAPTER = AdapterShape(num_vectors=32, vector_length=16)
 
@@ -132,3 +141,4 @@ QUICK_SERVING = ServingSizes(
     memory_adapters=(1, 3),
     peft_memory_adapters=(1,),
 )
+QUICK_STARTUP = StartupSizes(model=_TINY_MODEL, adapter=_TINY_ADAPTER, adapters=2)

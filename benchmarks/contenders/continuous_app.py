@@ -26,7 +26,7 @@ _BATCH_TOKENS = 512
 
 
 def load(base: Path, adapter: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 

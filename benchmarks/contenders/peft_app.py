@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def load(base: Path, adapters: Mapping[str, str]) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     (first, directory), *others = adapters.items()
     peft = PeftModel.from_pretrained(model, directory, adapter_name=first)
     for name, directory in others:
