@@ -49,7 +49,7 @@ TARGETS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    sizes = QUICK_SERVING if options.quick else replace(ServingSizes(), requests=options.requests)
+    sizes = QUICK_SERVING if options.quick else full_sizes(options)
     rounds = 1 if options.quick else options.rounds
     with open_stage(sizes.model, dtype=options.dtype, device="cpu", threads=options.threads) as stage:
         figures = measure(stage, sizes, options.measures, rounds)
@@ -86,11 +86,17 @@ def measure(stage: Stage, sizes: ServingSizes, measures: Iterable[str], rounds: 
     return figures
 
 
+def full_sizes(options: argparse.Namespace) -> ServingSizes:
+    sizes = replace(ServingSizes(), requests=options.requests)
+    return sizes if options.offered is None else replace(sizes, offered=tuple(options.offered))
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description="Measure servers side by side.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs, nothing more")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions that medians are taken of (3)")
     parser.add_argument("--threads", type=int, default=2, help="the threads that each contender computes with (2)")
+    parser.add_argument("--offered", type=float, nargs="+", metavar="RATE", help="requests a second, of the open loop")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's (float32)")
     parser.add_argument("--requests", type=int, default=32, help="of a closed loop's round (32)")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES, help="which to take (all)")
