@@ -90,6 +90,7 @@ class Merger:
             parameter.data.copy_(self._pristine[f"{name}.{attribute}"])
             self._model.base_layer(name)._parameters[attribute] = parameter  # type: ignore[assignment]
         self._folded.clear()
+        self._model.moved.clear()
 
     @torch.inference_mode()
     def _fold_parameter(self, place: Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
@@ -103,6 +104,7 @@ class Merger:
         self._folded[place] = own
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
+            self._model.moved.add(name)
         folded: Tensor = getattr(layer, attribute).data
         replaced = blended(own.detach().float(), replacing(selection, place))
         low_rank = stacked(selection, name) if attribute == "weight" else None

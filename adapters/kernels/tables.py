@@ -341,21 +341,24 @@ class FactorTable:
 
     def put(self, slot: int, factors: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """A [r, in_features] and Bᵀ [r, out_features] of each projection, None for the base. Raises DoesNotFit."""
-        ranks = torch.zeros(self.shape.projections, dtype=torch.int32)
-        for projection, (pair, out_features) in enumerate(zip(factors, self.shape.out_features, strict=True)):
-            if pair is None:
-                continue
-            a, b_t = pair
-            r = ranks[projection] = len(a)
-            if r > self.rank or a.shape != (r, self.shape.in_features) or b_t.shape != (r, out_features):
-                raise DoesNotFit(f"factors {tuple(a.shape)} and {tuple(b_t.shape)} do not fit projection {projection}")
+        self.check(factors)
         self.ranks[slot].zero_()
         for projection, (pair, columns) in enumerate(zip(factors, self.shape.columns(), strict=True)):
             if pair is not None:
                 a, b_t = pair
                 self.a[slot, projection, : len(a)].copy_(a)
                 self.b_t[slot, : len(a), columns].copy_(b_t)
-        self.ranks[slot].copy_(ranks)
+        self.ranks[slot].copy_(torch.tensor([0 if pair is None else len(pair[0]) for pair in factors]))
+
+    def check(self, factors: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Whether `put` takes these. Raises DoesNotFit."""
+        for projection, (pair, out_features) in enumerate(zip(factors, self.shape.out_features, strict=True)):
+            if pair is None:
+                continue
+            a, b_t = pair
+            r = len(a)
+            if r > self.rank or a.shape != (r, self.shape.in_features) or b_t.shape != (r, out_features):
+                raise DoesNotFit(f"factors {tuple(a.shape)} and {tuple(b_t.shape)} do not fit projection {projection}")
 
     def clear(self, slot: int) -> None:
         """Rows that run with this slot are the base's from now on."""
