@@ -30,6 +30,10 @@ class SlotResidency:
         self.filled = self.evicted = 0
 
     @property
+    def slots(self) -> int:
+        return self._tables.slots
+
+    @property
     def resident(self) -> int:
         """How many adapters have a slot."""
         return len(self._slots)
