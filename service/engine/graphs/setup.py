@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -104,6 +104,8 @@ def _made(
     if not groups:
         raise ValueError(f"vectors of {spec.vector_length} tile none of the model's layers")
     pair = PAIRS.get(options.kernels) or faster_pair(groups, spec, kv.slots, base.device, backend)
+    if pair is Pair.GATHERED:
+        groups = groups_of(base, replace(spec, vector_length=1))  # factors are not made of tiles
     tables = TABLES[pair](groups, spec, _slots(pair, groups, spec, options.memory), base.device)
     rows = RowTable(kv.slots, _MEMBERS, device=base.device)
     buffers = StepBuffers(kv.slots, base.vocabulary, base.device)
