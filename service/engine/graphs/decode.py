@@ -128,7 +128,7 @@ class DecodeGraphs:
     def _run(self, bucket: Bucket, tokens: list[int], starts: list[int]) -> Tensor:
         self._buffers.tell(tokens, starts, scratch=self._kv.columns)
         self._replay(bucket)()
-        token_logits = self._buffers.token_logits[: len(tokens)].cpu()
+        token_logits = self._buffers.token_logits[: len(tokens)].to("cpu", copy=True)  # the next step overwrites them
         self._kv.commit()
         return token_logits
 

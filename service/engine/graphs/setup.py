@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 
@@ -21,7 +22,7 @@ from adapters.kernels.table_batch import TableBatch
 from adapters.kernels.tables import RowTable
 from adapters.layout import AdapterLayout
 from adapters.reading import AnyLayout
-from adapters.targets import BaseModules
+from adapters.targets import BaseModules, LayerShape
 from service.engine.base_model import LoadedBase
 from service.engine.fatal import is_fatal
 from service.engine.graphs.buckets import Buckets
@@ -99,7 +100,7 @@ def _made(
     options: GraphOptions,
     backend: GraphBackend,
 ) -> tuple[Pair, DecodeGraphs]:
-    spec = table_spec(layouts, base.modules, base.dtype)
+    spec = table_spec(layouts, _served_layers(base.modules), base.dtype)
     groups = groups_of(base, spec)
     if not groups:
         raise ValueError(f"vectors of {spec.vector_length} tile none of the model's layers")
@@ -129,16 +130,21 @@ def _slots(pair: Pair, groups: list[LayerGroup], spec: TableSpec, memory: int) -
 
 
 def groups_of(base: LoadedBase, spec: TableSpec) -> list[LayerGroup]:
+    """The layers that the tables hold, by what they read."""
+    return layer_groups(_served_layers(base.modules), base.adapted.siblings, vector_length=spec.vector_length)
+
+
+def _served_layers(modules: BaseModules) -> dict[str, LayerShape]:
     """All linear layers but the output layer, whose outputs are many and whose adapters are few."""
-    layers = {name: layer for name, layer in base.modules.layers.items() if name != base.modules.output_layer}
-    return layer_groups(layers, base.adapted.siblings, vector_length=spec.vector_length)
+    return {name: layer for name, layer in modules.layers.items() if name != modules.output_layer}
 
 
-def table_spec(layouts: Iterable[AnyLayout], modules: BaseModules, dtype: torch.dtype) -> TableSpec:
+def table_spec(layouts: Iterable[AnyLayout], layers: Mapping[str, LayerShape], dtype: torch.dtype) -> TableSpec:
     """Tables for the VB-LoRA adapters known, and for others like them; their commonest vector length decides."""
     configs = [layout.config for layout in layouts if isinstance(layout, AdapterLayout)]
     lengths = Counter(config.vector_length for config in configs)
-    length = lengths.most_common(1)[0][0] if lengths else _LENGTH
+    features = [features for layer in layers.values() for features in (layer.in_features, layer.out_features)]
+    length = lengths.most_common(1)[0][0] if lengths else gcd(_LENGTH, *features)
     fitting = [config for config in configs if config.vector_length % length == 0]
     return TableSpec(
         rank=min(max([_RANK, *(config.r for config in fitting)]), _MOST_RANK),
