@@ -13,6 +13,7 @@ from adapters.factors import AdapterFactors
 from adapters.kernels import reference
 from adapters.kernels.model_tables import FactorTables, LayerGroup, SelectionTables, TableSpec, layer_groups
 from adapters.kernels.residency import SlotResidency
+from adapters.kernels.table_batch import TableBatch
 from adapters.kernels.tables import DoesNotFit, GroupShape
 from adapters.targets import LayerShape
 from adapters.vector_bank import VectorBank
@@ -145,6 +146,14 @@ def test_a_bank_is_held_once_and_its_place_given_back(groups: list[LayerGroup], 
     tables.put(1, first)
     check_slot(tables, groups, 0, other)
     check_slot(tables, groups, 1, first)
+    place = int(tables.tables[0].places[1])
+    tables.clear(1)
+    new = replace(other, selections=replace(other.selections, bank=VectorBank(torch.ones(32, 16))))
+    tables.put(1, new)
+    assert tables.tables[0].places[1] == place, "where the first one's bank was"
+    tables.put(2, first)
+    assert tables.tables[0].places[2] != place
+    check_slot(tables, groups, 2, first)
 
 
 def test_a_bank_that_is_gone_leaves_no_place_to_a_later_one(
@@ -176,6 +185,50 @@ def held(tables: Tables) -> int:
     storage = tables._storage
     parts = storage.indices, storage.weights, storage.ranks, storage.places, tables._banks.vectors
     return sum(t.nbytes for t in parts)
+
+
+class TestTableBatch:
+    @pytest.fixture
+    def batch(self) -> tuple[TableBatch, list[list[object]]]:
+        calls: list[list[object]] = []
+        groups = [LayerGroup(("q", "k"), GroupShape(2, (3, 1))), LayerGroup(("other",), GroupShape(2, (3,)))]
+        return TableBatch(groups, [Noted(group.names[0], calls) for group in groups]), calls  # type: ignore[misc]
+
+    def test_the_first_of_a_group_shrinks_for_all(self, batch: tuple[TableBatch, list[list[object]]]) -> None:
+        layers, calls = batch
+        x = torch.ones(4, 1, 2)
+        assert layers.add_delta("q", torch.zeros(4, 1, 3), x).shape == (4, 1, 3)
+        layers.add_delta("k", torch.zeros(4, 1), x)
+        layers.add_delta("none of these", torch.zeros(4, 1, 3), x)
+        assert calls == [["q", (4, 2)], ["q", 0, (4, 3)], ["q", 1, (4, 1)]]
+
+    def test_another_input_another_group_or_another_forward_shrinks_again(
+        self, batch: tuple[TableBatch, list[list[object]]]
+    ) -> None:
+        layers, calls = batch
+        x, y = torch.ones(4, 2), torch.ones(4, 2)
+        for name, read in (("q", x), ("k", y), ("other", y), ("k", y)):
+            layers.add_delta(name, torch.zeros(4, 3), read)
+        layers.forget_input()
+        layers.add_delta("k", torch.zeros(4, 3), y)
+        assert [len(call) for call in calls] == [2, 3] * 5
+
+    def test_an_output_is_added_to_where_it_is(self, batch: tuple[TableBatch, list[list[object]]]) -> None:
+        output = torch.zeros(4, 1, 3)
+        assert batch[0].add_delta("q", output, torch.ones(4, 1, 2)).data_ptr() == output.data_ptr()
+
+
+class Noted:
+    """What a GroupDelta was asked for."""
+
+    def __init__(self, name: str, calls: list[list[object]]) -> None:
+        self._name, self._calls = name, calls
+
+    def shrink(self, x: torch.Tensor) -> None:
+        self._calls.append([self._name, tuple(x.shape)])
+
+    def add_projection(self, output: torch.Tensor, projection: int) -> None:
+        self._calls.append([self._name, projection, tuple(output.shape)])
 
 
 class TestResidency:

@@ -153,6 +153,22 @@ class TestReplays:
         bench.decode(range(2), mixed(adapters, {0: 1.0}, {1: 1.0}))
         assert bench.graphs.eager == {"adapter": 1}, "two in a step are more than there are slots"
 
+    def test_a_step_that_ran_eagerly_may_have_taken_slots_all_the_same(
+        self, base: LoadedBase, adapters: list[AdapterFactors]
+    ) -> None:
+        bench = bench_of(base, adapters, memory=2 * slot_bytes(base, adapters))
+        saved = replace(adapters[0], digest="saved", replaced={"model.norm": {"weight": torch.ones(64)}})
+        bench.begin(TEXTS[:1])
+        batch = mixed(adapters, {0: 1.0})
+        bench.decode(range(1), batch)
+        bench.decode(range(1), mixed(adapters, {1: 1.0}))
+        bench.decode(range(1), batch)
+        bench.decode(range(1), LowRankBatch([adapters[2], saved], torch.tensor([[1.0, 0.0]])))
+        another = replace(saved, digest="another")
+        bench.decode(range(1), LowRankBatch([adapters[3], another], torch.tensor([[1.0, 0.0]])))
+        bench.decode(range(1), batch)
+        assert bench.graphs.eager == {"adapter": 2}
+
     def test_rows_that_fill_the_batch_disturb_nobody(self, bench: Bench) -> None:
         """Three rows run as four, and the fourth's place is that of a row whose prompt still runs."""
         bench.begin(TEXTS)
@@ -287,7 +303,13 @@ class TestEagerly:
         bench.begin([LONG + LONG[:80], TEXTS[0], TEXTS[1]])
         assert bench.kv.slots == 3
         bench.decode(range(3))
-        assert bench.graphs.eager == {"size": 1}
+        assert bench.graphs.eager == {"size": 1}, "longer than any bucket"
+        bench.keep([1, 2])
+        bench.decode(range(2))
+        bench.begin(TEXTS[2:3])
+        assert bench.kv.slots == 3
+        bench.decode(range(3))
+        assert bench.graphs.eager == {"size": 2}, "would run as four"
 
 
 class TestFailures:
