@@ -77,7 +77,7 @@ def attach_graphs(
         return
     began = time.perf_counter()
     try:
-        pair, graphs = _made(base, runner, runner.kv, list(layouts), options, backend)
+        pair, graphs = prepared(base, runner, runner.kv, list(layouts), options, backend)
         graphs.warm_up()
         runner.graphs = graphs
         if not replay_agrees(runner, base.adapted, base.device, base.vocabulary):
@@ -92,7 +92,7 @@ def attach_graphs(
     log.info("captured decode steps", extra={**facts, "seconds": round(time.perf_counter() - began, 1)})
 
 
-def _made(
+def prepared(
     base: LoadedBase,
     runner: TransformersRunner,
     kv: SlotBackend,
@@ -100,6 +100,7 @@ def _made(
     options: GraphOptions,
     backend: GraphBackend,
 ) -> tuple[Pair, DecodeGraphs]:
+    """Graphs that nothing has been captured of, and the kernels they run. Raises if they cannot be."""
     spec = table_spec(layouts, _served_layers(base.modules), base.dtype)
     groups = groups_of(base, spec)
     if not groups:
