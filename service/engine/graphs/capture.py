@@ -32,6 +32,10 @@ class GraphBackend(Protocol):
         ...
 
 
+class CaptureFailed(RuntimeError):
+    """A step cannot be captured; the device is well."""
+
+
 class CudaGraphs:
     """Implements GraphBackend by CUDA graphs that share one memory pool: they replay one after the other."""
 
@@ -40,24 +44,36 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.captures = 0
         self._device = device
+        self._aside: Any = None  # a stream: nothing is captured on the default one
         self._pool: Any = None
 
     def capture(self, step: Step) -> Step:
-        with torch.cuda.device(self._device):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                step()  # compiles kernels, makes workspaces
-                step()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Threads that load adapters may allocate meanwhile: that is no fault of this capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-                step()
+        """Raises CaptureFailed, or what the device has failed with."""
+        try:
+            graph = self._captured(step)
+        except Exception as error:
+            # What CUDA refuses while it captures looks like a failure of the device. This raises if it is one.
+            torch.cuda.synchronize(self._device)
+            raise CaptureFailed(f"{type(error).__name__}: {error}") from error
         self._pool = self._pool or graph.pool()
         self.captures += 1
         replay: Step = graph.replay
         return replay
+
+    def _captured(self, step: Step) -> torch.cuda.CUDAGraph:
+        with torch.cuda.device(self._device):
+            self._aside = self._aside or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current = torch.cuda.current_stream()
+            self._aside.wait_stream(current)
+            with torch.cuda.stream(self._aside):
+                step()  # compiles kernels, makes workspaces
+                step()
+            current.wait_stream(self._aside)
+            graph = torch.cuda.CUDAGraph()
+            # Threads that load adapters may allocate meanwhile: that is no fault of this capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
+                step()
+        return graph
 
     def seconds(self, replay: Step) -> float:
         torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=self._device).zero_()  # drives all else out of the cache

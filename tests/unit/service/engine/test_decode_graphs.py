@@ -19,7 +19,7 @@ from adapters.low_rank import LowRankBatch
 from adapters.merge import Merger
 from adapters.targets import LayerShape
 from service.engine.base_model import LoadedBase, load_base
-from service.engine.graphs.capture import GraphBackend, Recorded, Step
+from service.engine.graphs.capture import CaptureFailed, CudaGraphs, GraphBackend, Recorded, Step
 from service.engine.graphs.decode import DecodeGraphs
 from service.engine.graphs.setup import CHOICES, PAIRS, GraphOptions, attach_graphs, groups_of, table_spec
 from service.engine.kv.rows import RowsBackend
@@ -333,6 +333,18 @@ class TestFailures:
         backend.error = torch.AcceleratorError("an illegal access")
         with pytest.raises(torch.AcceleratorError):
             bench.runner.extend([0], [[1]], None)
+
+    def test_what_cuda_refuses_to_capture_is_no_failure_of_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both come as the same error: the device is asked afterwards."""
+        graphs = CudaGraphs(torch.device("cuda"))
+        monkeypatch.setattr(graphs, "_captured", raising(torch.AcceleratorError("not permitted while capturing")))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        with pytest.raises(CaptureFailed, match="not permitted while capturing"):
+            graphs.capture(lambda: None)
+        assert graphs.captures == 0
+        monkeypatch.setattr(torch.cuda, "synchronize", raising(torch.AcceleratorError("the device is lost")))
+        with pytest.raises(torch.AcceleratorError, match="the device is lost"):
+            graphs.capture(lambda: None)
 
     def test_a_model_that_asks_the_host_runs_without(
         self, base: LoadedBase, adapters: list[AdapterFactors], monkeypatch: pytest.MonkeyPatch, caplog: Any
