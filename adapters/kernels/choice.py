@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 
 from adapters.kernels.delta import GroupDelta, Pair, PairKernels
-from adapters.kernels.model_tables import TABLES, LayerGroup, SelectionTables, TableSpec
+from adapters.kernels.model_tables import TABLES, LayerGroup, TableSpec
 from adapters.kernels.tables import RowTable
+from adapters.kernels.trial import fill
 
 _ROUNDS = 9
 _ADAPTERS = 64  # in a batch, at most
@@ -43,15 +44,9 @@ def seconds_of(
     """What a pair adds to a step of so many rows. Raises TritonMissing."""
     different = list({group.shape: group for group in groups}.values())
     tables = TABLES[pair](different, spec, min(rows, _ADAPTERS), device)
-    for table in tables.tables:
-        table.ranks.fill_(spec.rank)
+    fill(tables, spec, tables.slots)
     of_rows = RowTable(rows, device=device)
     of_rows.set([[(row % tables.slots, 1.0)] for row in range(rows)])
-    if isinstance(tables, SelectionTables):
-        for selections in tables.tables:  # spread over each adapter's own bank
-            selections.indices.random_(0, min(spec.num_vectors, torch.iinfo(selections.indices.dtype).max))
-            selections.weights.fill_(1 / spec.topk)
-            selections.places.copy_(torch.arange(tables.slots))
     total = 0.0
     for group, delta in zip(different, tables.deltas(of_rows, watch.kernels), strict=True):
         replay = watch.capture(_step(delta, spec.dtype))

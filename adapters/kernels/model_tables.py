@@ -62,6 +62,11 @@ class ModelTables(Protocol):
 
     slots: int
 
+    @property
+    def tables(self) -> Sequence[SelectionTable | FactorTable]:
+        """Of each group."""
+        ...
+
     def put(self, slot: int, adapter: AdapterFactors) -> None:
         """Fills a slot. Raises DoesNotFit, and then the slot is as it was."""
         ...

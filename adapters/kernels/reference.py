@@ -12,10 +12,10 @@ from torch import Tensor
 from adapters.kernels.blocks import FactorBlocks, TileBlocks
 from adapters.kernels.tables import FactorTable, RowTable, SelectionTable
 
+Table = SelectionTable | FactorTable
 
-def delta(
-    x: Tensor, table: SelectionTable | FactorTable, rows: RowTable, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
+
+def delta(x: Tensor, table: Table, rows: RowTable, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """`Σ_j w_j · (x @ A_jᵀ) @ B_jᵀ` of every row and projection.
 
     x [rows, in_features]. Returns [rows, total_out] in `dtype`, exactly 0 for rows without an adapter.
@@ -32,9 +32,7 @@ def delta(
     return total
 
 
-def factors(
-    table: SelectionTable | FactorTable, slot: int, projection: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def factors(table: Table, slot: int, projection: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """A [r, in_features] and Bᵀ [r, out_features] of one projection of the adapter in a slot."""
     rank, columns = int(table.ranks[slot, projection]), list(table.shape.columns())[projection]
     if isinstance(table, FactorTable):
@@ -50,9 +48,7 @@ def factors(
 # --- in place of a pair of kernels ----------------------------------------------------------------
 
 
-def shrink(
-    x: Tensor, table: SelectionTable | FactorTable, rows: RowTable, h: Tensor, blocks: TileBlocks | FactorBlocks
-) -> None:
+def shrink(x: Tensor, table: Table, rows: RowTable, h: Tensor, blocks: TileBlocks | FactorBlocks) -> None:
     """h ← each row's `w · A @ x` [rows, members, projections, rank], of a flat buffer that may be larger."""
     a, _ = _of_rows(table, rows, len(x))
     inside = _inside(table, rows, len(x))
@@ -62,7 +58,7 @@ def shrink(
 
 def expand(
     h: Tensor,
-    table: SelectionTable | FactorTable,
+    table: Table,
     rows: RowTable,
     out: Tensor,
     blocks: TileBlocks | FactorBlocks,
@@ -85,14 +81,14 @@ def expand(
         part.copy_(total)
 
 
-def _inside(table: SelectionTable | FactorTable, rows: RowTable, count: int) -> Tensor:
+def _inside(table: Table, rows: RowTable, count: int) -> Tensor:
     """Which [rows, members, projections, rank] there are."""
     slots = rows.slots[:count]
     ranks = table.ranks[slots.clamp_min(0).long()].where((slots >= 0).unsqueeze(-1), 0)
     return torch.arange(table.rank, device=slots.device) < ranks.unsqueeze(-1)
 
 
-def _of_rows(table: SelectionTable | FactorTable, rows: RowTable, count: int) -> tuple[Tensor, Tensor]:
+def _of_rows(table: Table, rows: RowTable, count: int) -> tuple[Tensor, Tensor]:
     """A [rows, members, projections, rank, in_features] and Bᵀ [rows, members, rank, total_out] of the rows' slots."""
     slots = rows.slots[:count].clamp_min(0).long()
     if isinstance(table, FactorTable):

@@ -20,6 +20,7 @@ from adapters.kernels.model_tables import TABLES, LayerGroup, TableSpec, layer_g
 from adapters.kernels.residency import SlotResidency
 from adapters.kernels.table_batch import TableBatch
 from adapters.kernels.tables import RowTable
+from adapters.kernels.trial import compute_rightly
 from adapters.layout import AdapterLayout
 from adapters.reading import AnyLayout
 from adapters.targets import BaseModules, LayerShape
@@ -110,12 +111,15 @@ def prepared(
         groups = groups_of(base, replace(spec, vector_length=1))  # factors are not made of tiles
     tables = TABLES[pair](groups, spec, _slots(pair, groups, spec, options.memory), base.device)
     rows = RowTable(kv.slots, _MEMBERS, device=base.device)
+    deltas = tables.deltas(rows, backend.kernels)
+    if not compute_rightly(tables, spec, rows, deltas):
+        raise ValueError(f"the {pair.value} kernels compute something else than they should")
     buffers = StepBuffers(kv.slots, base.vocabulary, base.device)
     step = StaticStep(
         base.adapted,
         kv,
         buffers,
-        TableBatch(groups, tables.deltas(rows, backend.kernels)),
+        TableBatch(groups, deltas),
         takes_positions=runner.takes_positions,
         keeps_last_logits=runner.keeps_last_logits,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters.factors import AdapterFactors
-from adapters.kernels import choice
+from adapters.kernels import choice, reference
 from adapters.kernels.delta import Pair
 from adapters.kernels.model_tables import SelectionTables
 from adapters.low_rank import LowRankBatch
@@ -365,6 +367,21 @@ class TestFailures:
         assert bench.runner.graphs is None
         assert "answer differently" in caplog.text
         assert bench.runner.rows == 0
+
+    @pytest.mark.parametrize("kernels", PAIRS)
+    @pytest.mark.parametrize("fault", ["nothing is added", "every projection is the first"])
+    def test_kernels_that_compute_something_else_are_not_used(
+        self, base: LoadedBase, adapters: list[AdapterFactors], kernels: str, fault: str, caplog: Any
+    ) -> None:
+        def expand(*arguments: Any, projection: int, **others: Any) -> None:
+            if fault != "nothing is added":
+                with suppress(RuntimeError):  # of another width
+                    reference.expand(*arguments, projection=0, **others)
+
+        wrong: Any = SimpleNamespace(shrink=reference.shrink, expand=expand)
+        bench = bench_of(base, adapters, Recorded(kernels=wrong), kernels)
+        assert bench.runner.graphs is None
+        assert "compute something else" in caplog.text
 
     def test_tables_that_hold_no_adapter(
         self, base: LoadedBase, adapters: list[AdapterFactors], caplog: pytest.LogCaptureFixture
