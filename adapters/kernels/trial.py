@@ -42,7 +42,7 @@ def _right(table: reference.Table, spec: TableSpec, rows: RowTable, delta: Group
 
 
 def fill(tables: ModelTables, spec: TableSpec, slots: int) -> None:
-    """Puts random adapters of the largest rank into the first slots, each with a bank that its selections are all over."""
+    """Puts random adapters of the largest rank into the first slots, each with a bank of its own."""
     if isinstance(tables, FactorTables):
         for factors in tables.tables:
             factors.a[:slots].normal_(std=factors.shape.in_features**-0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from adapters.kernels.model_tables import SelectionTables
 from adapters.low_rank import LowRankBatch
 from adapters.merge import Merger
 from adapters.targets import LayerShape
+from service.assembly import _engine_options
 from service.engine.base_model import LoadedBase, load_base
 from service.engine.graphs.capture import CaptureFailed, CudaGraphs, GraphBackend, Recorded, Step
 from service.engine.graphs.decode import DecodeGraphs
@@ -28,7 +30,7 @@ from service.engine.kv.rows import RowsBackend
 from service.engine.kv.slots import SlotBackend
 from service.engine.model_runner import TransformersRunner
 from service.engine.self_test import choose_runner
-from service.settings import SETTINGS
+from service.settings import SETTINGS, Settings
 from tests.factories import AdapterSpec, make_adapter, save_model, tiny_model
 from tests.graphs import Guarded, HostNeeded, no_host, options
 from tests.lora_factory import make_lora
@@ -133,6 +135,20 @@ class TestReplays:
         assert bench.graphs.captures == captured
         assert bench.graphs.replayed == 5 + 1, "the first is the test at load"
         assert not bench.graphs.eager
+
+    def test_a_block_takes_eleven_launches(self, base: LoadedBase, adapters: list[AdapterFactors]) -> None:
+        """One shrink for each input, one expand for each layer, whoever is in the batch."""
+        launches: list[str] = []
+        counting: Any = SimpleNamespace(
+            shrink=lambda *arguments: (launches.append("shrink"), reference.shrink(*arguments)),
+            expand=lambda *arguments, **others: (launches.append("expand"), reference.expand(*arguments, **others)),
+        )
+        bench = bench_of(base, adapters, Recorded(kernels=counting))
+        bench.begin(TEXTS[:2])
+        for batch in (None, mixed(adapters, {0: 1.0}, {1: 0.5, 2: 0.5})):
+            launches.clear()
+            bench.decode(range(2), batch)
+            assert Counter(launches) == {"shrink": 2 * 4, "expand": 2 * 7}
 
     def test_one_rows_weights_stand_for_all(self, bench: Bench, adapters: list[AdapterFactors]) -> None:
         bench.begin(TEXTS[:3])
@@ -428,6 +444,11 @@ class TestChoice:
         bench.begin(TEXTS[:2])
         bench.decode(range(2), mixed(adapters, {0: 1.0}, {1: 0.5}))
         assert not bench.graphs.eager
+
+    def test_the_settings_are_the_engines(self) -> None:
+        given = Settings(decode_kernels="gathered", decode_memory=5, decode_graphs=3)
+        assert _engine_options(given).graphs == GraphOptions("gathered", memory=5, most=3)
+        assert _engine_options(Settings()).graphs == GraphOptions()
 
 
 class TestTableSpec:
