@@ -73,7 +73,8 @@ def build_engine(
         FactorStack(base.adapted.siblings),
     )
     doors = EngineLimits(max_context, base.vocabulary, options.max_queue)
-    return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=runner.kv.name if batches else "solo")
+    backend = runner.kv.name if batches else "solo"
+    return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=backend, graphs=runner.graphs)
 
 
 def _limits(options: EngineOptions, vocabulary: int) -> Limits:

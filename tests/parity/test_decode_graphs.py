@@ -61,6 +61,7 @@ def test_a_flood_is_never_captured_again(bench: Bench, kernels: str) -> None:
         assert backend.captures == warmed_up
         assert places(engine) == before
         assert graphs.replayed > 100
+        assert engine.stats().replayed_steps == graphs.replayed
         assert set(graphs.eager) <= {"rows"}, "the last token of a prompt, run alone"
         assert graphs.eager["rows"] <= 2 * sum(request.n for request in requests)
     check_seeded(bench, requests, answers, again)
@@ -81,6 +82,7 @@ def test_steps_that_do_not_fit_run_eagerly(bench: Bench, kernels: str) -> None:
         assert graphs.captures == captured
         assert graphs.replayed
         assert set(graphs.eager) - {"rows"} == {"adapter"}
+        assert engine.stats().eager_steps == sum(graphs.eager.values())
     with bench.engine(max_batch_size=1) as engine:
         assert {name: each.tokens for name, each in ask(engine, saved).items()} == {
             name: each.tokens for name, each in answers.items()

@@ -53,7 +53,7 @@ class DecodeGraphs:
         self._said: tuple[ref[LowRankBatch] | None, int, int] | None = None  # what the RowTable holds
         self._failed = False
         self.residency = residency
-        self.replayed = 0
+        self.replayed = self.eager_steps = 0  # read by other threads
         self.eager: Counter[str] = Counter()
 
     @property
@@ -76,6 +76,7 @@ class DecodeGraphs:
             self.replayed += 1
             return answer
         self.eager[answer] += 1
+        self.eager_steps += 1
         return None
 
     def _try(self, tokens: list[int], batch: LowRankBatch | None) -> Tensor | str:
