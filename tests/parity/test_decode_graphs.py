@@ -53,7 +53,7 @@ def test_a_flood_is_never_captured_again(bench: Bench, kernels: str) -> None:
     with bench.engine(max_batch_size=5, prefill_tokens=32, graph_backend=backend, graphs=options(kernels)) as engine:
         graphs = made(engine)
         warmed_up, before = backend.captures, places(engine)
-        assert warmed_up == len(graphs._buckets.all()) == 4 * 3, "1, 2, 4 and 6 rows; 64, 128 and 256 columns"
+        assert warmed_up == len(graphs.buckets.all()) == 4 * 3, "1, 2, 4 and 6 rows; 64, 128 and 256 columns"
         requests = random_load(bench, 40, seed=ARCHS.index(bench.arch), among=fitting)
         answers = ask(engine, requests)
         check_greedy(bench, requests, answers)

@@ -46,7 +46,7 @@ class DecodeGraphs:
         self._step = step
         self._buffers = buffers
         self._rows = rows
-        self._buckets = buckets
+        self.buckets = buckets
         self._backend = backend
         self._replays: dict[Bucket, Step] = {}
         self._captured_at = kv.moves
@@ -64,7 +64,7 @@ class DecodeGraphs:
         """Captures every bucket, without rows. Raises whatever the model, the kernels or the device make of it."""
         self._rows.set([])
         self._buffers.tell([], [], scratch=self._kv.columns)
-        for bucket in self._buckets.all():
+        for bucket in self.buckets.all():
             self._replay(bucket)
 
     def run(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], batch: LowRankBatch | None) -> Tensor | None:
@@ -105,7 +105,7 @@ class DecodeGraphs:
 
     def _bucket(self, length: int, rows: int) -> Bucket | None:
         """None too where so many columns or rows were given up for want of memory."""
-        bucket = self._buckets.fitting(rows, length)
+        bucket = self.buckets.fitting(rows, length)
         if bucket is None or bucket.rows > self._kv.slots or bucket.columns > self._kv.columns:
             return None
         return bucket

@@ -89,7 +89,7 @@ def attach_graphs(
         runner.graphs = None
         log.warning("decoding runs without graphs: %s: %s", type(error).__name__, error)
         return
-    facts = {"kernels": pair.value, "graphs": graphs.captures, "slots": graphs.residency.slots}
+    facts = {"kernels": pair.value, "graphs": len(graphs.buckets.all()), "slots": graphs.residency.slots}
     log.info("captured decode steps", extra={**facts, "seconds": round(time.perf_counter() - began, 1)})
 
 

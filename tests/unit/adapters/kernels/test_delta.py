@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import adapters.kernels
-
 from adapters.kernels.blocks import FactorBlocks, TileBlocks
 from adapters.kernels.delta import GroupDelta, Pair, Timings, TritonMissing
 from adapters.kernels.tables import BankTable, DoesNotFit, FactorTable, GroupShape, RowTable, SelectionTable
