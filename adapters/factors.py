@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapters.checkpoint import TopKCheckpoint
 from adapters.replacements import Parameters
 from adapters.vector_bank import VectorBank
 
@@ -27,13 +28,15 @@ class AdapterFactors:
     """What one adapter computes with: its factors by layer name, and by module name the parameters it replaces.
 
     `replaced` are trained biases and saved modules, in the base's dtype. `bank` is what the factors were composed from,
-    on their device: held so that the next adapter that has it finds it there.
+    on their device: held so that the next adapter that has it finds it there. `selections` is the compact adapter with
+    that bank, None of a plain LoRA.
     """
 
     digest: str
     layers: Mapping[str, LayerFactors]
     replaced: Mapping[str, Parameters] = field(default_factory=dict)
     bank: VectorBank | None = None
+    selections: TopKCheckpoint | None = None
 
     @property
     def rank(self) -> int:

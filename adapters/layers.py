@@ -6,13 +6,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from adapters.low_rank import LowRankBatch
 from adapters.packed import own_value
-from adapters.replacements import is_replaceable
+from adapters.replacements import RowReplacements, is_replaceable
 from adapters.targets import BaseModules
+
+
+class Batch(Protocol):
+    """What one forward adds to the layers: a LowRankBatch, or decode kernels over their tables."""
+
+    def replacements(self, name: str, module: nn.Module) -> RowReplacements | None:
+        """Which rows run a module of the base with other parameters, None if none does."""
+        ...
+
+    def add_delta(self, name: str, output: Tensor, x: Tensor) -> Tensor:
+        """`output + Δ(x)` of one layer, in place where it can be."""
+        ...
+
+    def forget_input(self) -> None:
+        """Between forwards: the next one's tensors may be the same objects with other contents."""
+        ...
 
 
 class AdaptedModule(nn.Module):
@@ -56,8 +72,9 @@ class AdaptedModel:
     def __init__(self, model: nn.Module, modules: BaseModules) -> None:
         self.model = model
         self.modules = modules
-        self.batch: LowRankBatch | None = None
+        self.batch: Batch | None = None
         self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
+        self.moved: set[str] = set()  # modules with a parameter in another place than at load: a Merger's doing
         self.siblings: Mapping[str, Sequence[str]] = {}  # of a linear layer, those that read the same input
         self._leaves: dict[str, nn.Module] = {
             name: module for name, module in model.named_modules() if name in modules.layers or is_replaceable(module)
@@ -95,7 +112,7 @@ class AdaptedModel:
         return own_value(owner, attribute) if isinstance(value, Tensor) else None
 
     @contextmanager
-    def using(self, batch: LowRankBatch | None) -> Iterator[None]:
+    def using(self, batch: Batch | None) -> Iterator[None]:
         previous, self.batch = self.batch, batch
         try:
             yield

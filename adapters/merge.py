@@ -95,6 +95,7 @@ class Merger:
             parameter.data.copy_(pristine)
             layer._parameters[attribute] = parameter  # type: ignore[assignment]
         self._folded.clear()
+        self._model.moved.clear()
 
     @torch.inference_mode()
     def _fold_parameter(self, place: Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
@@ -110,6 +111,7 @@ class Merger:
         self._folded[place] = own
         if id(own) in self._tied:
             layer._parameters[attribute] = nn.Parameter(own.detach().clone(), requires_grad=False)
+            self._model.moved.add(name)
         if packed is None:
             base, folded = own.detach(), getattr(layer, attribute).data
         else:

@@ -130,6 +130,11 @@ class AdapterRegistry:
     def store(self) -> AdapterStore:
         return self._store
 
+    @property
+    def layouts(self) -> list[AnyLayout]:
+        """The layouts of adapters seen so far, each once; of many, the last."""
+        return list(self._fitting)
+
     def check_stored(self) -> int:
         """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
@@ -391,7 +396,8 @@ class AdapterRegistry:
             name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
             for name, parameters in replaced.items()
         }
-        return AdapterFactors(digest, layers, here, bank)
+        selections = compact if isinstance(compact, TopKCheckpoint) else None
+        return AdapterFactors(digest, layers, here, bank, selections)
 
     def _check_size(self, layout: AnyLayout) -> None:
         size = factor_bytes(layout) + self._banks.most_copied(layout)

@@ -97,6 +97,27 @@ class StartupSizes:
     adapters: int = 16  # registered at the start
 
 
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """Decode steps of a 7B Llama, at `context` tokens in a row, and answers of a small one that are compared."""
+
+    model: ModelShape = ModelShape(
+        hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11008, vocabulary=32000, context=2048
+    )
+    adapter: AdapterShape = AdapterShape()
+    rows: tuple[int, ...] = (1, 16, 64)
+    context: int = 100
+    kv_memory: int = 20 << 30  # of which half is reserved
+    resident: int = 10_000  # adapters in the tables at once
+    cold: int = 8  # that are read and composed, one after the other
+    checked_model: ModelShape = ModelShape(
+        hidden=512, layers=4, heads=8, kv_heads=4, intermediate=1024, vocabulary=2048, context=256
+    )
+    checked_adapters: int = 12
+    checked_requests: int = 64
+    checked_rows: int = 12
+
+
 _TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256, context=256)
 _TINY_ADAPTER = AdapterShape(num_vectors=32, vector_length=16)
 
@@ -119,6 +140,19 @@ QUICK_ENGINE = EngineSizes(
     flood=12,
     flood_output=16,
     lone_requests=2,
+)
+QUICK_GRAPHS = GraphSizes(
+    model=_TINY_MODEL,
+    adapter=_TINY_ADAPTER,
+    rows=(1, 4),
+    context=8,
+    kv_memory=64 << 20,
+    resident=20,
+    cold=2,
+    checked_model=_TINY_MODEL,
+    checked_adapters=3,
+    checked_requests=6,
+    checked_rows=3,
 )
 QUICK_RESIDENCY = ResidencySizes(
     model=_TINY_MODEL, adapter=AdapterShape(num_vectors=32, vector_length=16, targets=("q_proj", "v_proj")), answering=4

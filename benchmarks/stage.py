@@ -22,7 +22,9 @@ from adapters.store import AdapterRecord, AdapterStore
 from benchmarks.sizes import AdapterShape, ModelShape
 from service.engine.base_model import DTYPES, LoadedBase, load_base
 from service.engine.build import EngineOptions, build_engine
-from service.engine.seam import Engine
+from service.engine.engine import BatchEngine
+from service.engine.graphs.capture import GraphBackend
+from service.engine.graphs.setup import GraphOptions
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.threads import compute_with, in_own_thread
 
@@ -78,10 +80,16 @@ def open_stage(shape: ModelShape, *, dtype: str, device: str, threads: int) -> I
 
 @contextmanager
 def running_engine(
-    stage: Stage, registry: AdapterRegistry, max_batch_size: int, max_queue: int = 256
-) -> Iterator[Engine]:
-    options = EngineOptions(max_batch_size=max_batch_size, max_queue=max_queue)
-    engine = in_own_thread(stage.threads, partial(build_engine, stage.base, registry, options)).start()
+    stage: Stage,
+    registry: AdapterRegistry,
+    max_batch_size: int,
+    max_queue: int = 256,
+    graphs: GraphOptions | None = None,
+    graph_backend: GraphBackend | None = None,
+) -> Iterator[BatchEngine]:
+    options = EngineOptions(max_batch_size, max_queue, graphs=graphs or GraphOptions())
+    build = partial(build_engine, stage.base, registry, options, graph_backend=graph_backend)
+    engine = in_own_thread(stage.threads, build).start()
     compute_with(1)
     try:
         yield engine
@@ -91,7 +99,19 @@ def running_engine(
 
 def write_base(shape: ModelShape, directory: Path, dtype: str) -> None:
     """A seeded random Llama that knows no end of text, and a tokenizer with one word per token."""
-    config = LlamaConfig(
+    config = llama_config(shape, dtype)
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        LlamaForCausalLM(config).save_pretrained(directory)
+    finally:
+        torch.set_default_dtype(previous)
+    word_tokenizer(shape.vocabulary).save_pretrained(directory)
+
+
+def llama_config(shape: ModelShape, dtype: str) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -104,15 +124,11 @@ def write_base(shape: ModelShape, directory: Path, dtype: str) -> None:
         pad_token_id=0,
         dtype=DTYPES[dtype],
     )
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        LlamaForCausalLM(config).save_pretrained(directory)
-    finally:
-        torch.set_default_dtype(previous)
-    words = models.WordLevel({f"w{token}": token for token in range(shape.vocabulary)}, unk_token="w0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(directory)
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    words = models.WordLevel({f"w{token}": token for token in range(vocabulary)}, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0")
 
 
 def random_adapter(base: LoadedBase, shape: AdapterShape, seed: int) -> TopKCheckpoint:

@@ -26,6 +26,7 @@ from service.api.resolver import AdapterResolver, DirectorySource, HubSource, Na
 from service.api.sources import fetch_own_source
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
+from service.engine.graphs.setup import GraphOptions
 from service.engine.seam import Engine
 from service.engine.threads import compute_with, in_own_thread
 from service.metrics import PrometheusMetrics
@@ -169,6 +170,7 @@ def _engine_options(settings: Settings) -> EngineOptions:
         prefill_tokens=settings.prefill_tokens,
         prefix_cache=settings.prefix_cache,
         auto_merge=settings.auto_merge,
+        graphs=GraphOptions(settings.decode_kernels, settings.decode_memory, settings.decode_graphs),
     )
 
 

@@ -244,6 +244,10 @@ class _Server(Collector):
         yield GaugeMetricFamily(
             "vblora_kv_budget_bytes", "All the memory for keys and values, prefixes included.", stats.kv_budget_bytes
         )
+        yield CounterMetricFamily("vblora_replayed_steps", "Decode steps replayed from graphs.", stats.replayed_steps)
+        yield CounterMetricFamily(
+            "vblora_eager_steps", "Decode steps that fitted no graph, where there are graphs.", stats.eager_steps
+        )
         yield CounterMetricFamily("vblora_folds", "Times a selection was folded into the base weights.", stats.folds)
         yield CounterMetricFamily("vblora_fold_seconds", "Time spent folding.", stats.fold_s)
         yield CounterMetricFamily("vblora_restores", "Times the base weights were restored.", stats.restores)

@@ -120,6 +120,18 @@ class Settings:
     auto_merge: bool = _setting(
         BOOLEAN, False, "Fold a selection into the base unasked, when all work is its alone for long enough to pay."
     )
+    decode_kernels: str = _setting(
+        choice("auto", "bank-direct", "gathered", "off"),
+        "auto",
+        "How decode steps run on CUDA: replayed from graphs, with this pair of kernels for adapters. auto: the pair "
+        "that is faster here, measured at load. off, and on a CPU whatever is said: without graphs and kernels.",
+    )
+    decode_memory: int = _setting(
+        BYTES, 1 << 30, "Memory on the device for the adapters that decode kernels read; how many fit follows from it."
+    )
+    decode_graphs: int = _setting(
+        whole(1), 64, "Graphs captured at load, for batches of different sizes and lengths. Fewer load faster."
+    )
     max_upload: int = _setting(BYTES, 256 << 20, "The largest upload of an adapter.")
     upload_timeout_s: float = _setting(SECONDS, 60.0, "How long the body of an upload may take.")
     request_timeout_s: float = _setting(

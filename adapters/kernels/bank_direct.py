@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels.blocks import TileBlocks
+from adapters.kernels.parts import constants, put, shrink_grid, slot_and_rank, sum_of_splits
 from adapters.kernels.tables import RowTable, SelectionTable
-
-WARPS = 4
 
 
 @triton.jit
@@ -33,7 +32,8 @@ def _shrink(
     h,  # [SPLITS, rows, members, PROJECTIONS, RANK] float32
     x_stride,
     in_tiles,
-    positions,
+    slot_positions,
+    slot_ranks,
     num_vectors,
     VECTOR_LENGTH: tl.constexpr,
     PROJECTIONS: tl.constexpr,
@@ -53,10 +53,7 @@ def _shrink(
     first_rank = (tl.program_id(1) % RANK_BLOCKS) * BLOCK_R
     split = tl.program_id(2)
 
-    slot = tl.load(row_slots + entry).to(tl.int64)
-    used = slot >= 0
-    slot = tl.where(used, slot, 0)
-    rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=used, other=0)
+    slot, rank = slot_and_rank(row_slots, ranks, slot_ranks, entry, projection)
     if first_rank < rank:  # what is beyond it, expand does not read
         r = first_rank + tl.arange(0, BLOCK_R)
         own_x = x + (entry // MEMBERS).to(tl.int64) * x_stride
@@ -69,7 +66,7 @@ def _shrink(
             x_tile = tl.load(own_x + tile[:, None] * VECTOR_LENGTH + feature[None, :], mask=in_x, other=0.0)
             inside = (r < rank)[:, None] & (tile < in_tiles)[None, :]
             position = (projection * in_tiles + tile[None, :]) * RANK + r[:, None]
-            at = (slot * positions + position) * TOPK  # [BLOCK_R, BLOCK_T]
+            at = (slot * slot_positions + position) * TOPK  # [BLOCK_R, BLOCK_T]
             mixed = tl.zeros([BLOCK_R, BLOCK_T, BLOCK_L], dtype=tl.float32)
             for k in tl.static_range(TOPK):
                 index = tl.load(indices + at + k, mask=inside, other=0).to(tl.int32)
@@ -88,7 +85,7 @@ def _shrink(
         tl.store(h + row_of_h * RANK + r, sums, mask=r < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def _expand(
     h,  # [SPLITS, rows, members, PROJECTIONS, RANK] float32
     banks,
@@ -100,9 +97,11 @@ def _expand(
     row_slots,
     out,
     out_stride,
-    out_tiles,
+    first_tile,
+    end_tile,
     first_position,
-    positions,
+    slot_positions,
+    slot_ranks,
     num_vectors,
     VECTOR_LENGTH: tl.constexpr,
     PROJECTIONS: tl.constexpr,
@@ -115,11 +114,14 @@ def _expand(
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One program: BLOCK_T × BLOCK_L output features of one row. Its tiles may be of different projections."""
+    """One program: BLOCK_T × BLOCK_L output features of one row. Its tiles may be of different projections.
+
+    `out` holds the tiles from `first_tile` to `end_tile`.
+    """
     row = tl.program_id(0)
-    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = first_tile + tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)
-    in_tile = tile < out_tiles
+    in_tile = tile < end_tile
     in_out = in_tile[:, None] & (feature < VECTOR_LENGTH)[None, :]
     projection = tl.load(projection_of_tile + tile, mask=in_tile, other=0)
 
@@ -129,17 +131,16 @@ def _expand(
         entry = row * MEMBERS + member
         slot = tl.load(row_slots + entry).to(tl.int64)
         if slot >= 0:
-            rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=in_tile, other=0)
+            rank = tl.load(ranks + slot * slot_ranks + projection, mask=in_tile, other=0)
             highest = tl.maximum(highest, rank)
             bank = banks + tl.load(places + slot).to(tl.int64) * num_vectors * VECTOR_LENGTH
             for first_rank in range(0, tl.max(rank, axis=0), BLOCK_R):
                 r = first_rank + tl.arange(0, BLOCK_R)
                 inside = r[:, None] < rank[None, :]  # 0 beyond the last tile
-                scale = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
-                for split in tl.static_range(SPLITS):
-                    row_of_h = (split * tl.num_programs(0) * MEMBERS + entry) * PROJECTIONS + projection
-                    scale += tl.load(h + row_of_h[None, :] * RANK + r[:, None], mask=inside, other=0.0)
-                at = (slot * positions + first_position + tile[None, :] * RANK + r[:, None]) * TOPK
+                of_h = projection[None, :] * RANK + r[:, None]
+                entries = tl.num_programs(0) * MEMBERS
+                scale = sum_of_splits(h, entry, entries, of_h, inside, PROJECTIONS * RANK, SPLITS)
+                at = (slot * slot_positions + first_position + tile[None, :] * RANK + r[:, None]) * TOPK
                 for k in tl.static_range(TOPK):
                     index = tl.load(indices + at + k, mask=inside, other=0).to(tl.int32)
                     weight = tl.load(weights + at + k, mask=inside, other=0.0) * scale
@@ -151,19 +152,13 @@ def _expand(
                     )
                     total += weight[:, :, None] * vectors.to(tl.float32)
     delta = tl.sum(total, axis=0)
-    at_out = out + row.to(tl.int64) * out_stride + tile[:, None] * VECTOR_LENGTH + feature[None, :]
-    if ADD:
-        # What nothing is added to is not written either: the base's bits, -0.0 and NaN payloads included.
-        in_out = in_out & (highest > 0)[:, None]
-        delta += tl.load(at_out, mask=in_out, other=0.0).to(tl.float32)
-    tl.store(at_out, delta.to(out.dtype.element_ty), mask=in_out)
+    at = row.to(tl.int64) * out_stride + (tile - first_tile)[:, None] * VECTOR_LENGTH + feature[None, :]
+    put(out, at, delta, in_out, (highest > 0)[:, None], ADD)
 
 
 def shrink(x: Tensor, table: SelectionTable, rows: RowTable, h: Tensor, blocks: TileBlocks) -> None:
     """h ← each row's `w · A @ x`, by part of the input, member and projection."""
-    entries, projections = len(x) * rows.members, table.shape.projections
-    grid = (entries, projections * triton.cdiv(table.rank, blocks.ranks), blocks.splits)
-    _shrink[grid](
+    _shrink[shrink_grid(len(x) * rows.members, table, blocks)](
         x,
         table.banks.vectors,
         table.indices,
@@ -175,26 +170,31 @@ def shrink(x: Tensor, table: SelectionTable, rows: RowTable, h: Tensor, blocks: 
         h,
         x.stride(0),
         table.in_tiles,
-        table.indices.shape[1],
+        table.slot_positions,
+        table.ranks.stride(0),
         table.banks.num_vectors,
         VECTOR_LENGTH=table.banks.vector_length,
-        PROJECTIONS=projections,
-        MEMBERS=rows.members,
-        RANK=table.rank,
         TOPK=table.topk,
-        SPLITS=blocks.splits,
-        BLOCK_R=blocks.ranks,
         BLOCK_T=blocks.tiles,
         BLOCK_L=blocks.features,
-        num_warps=WARPS,
+        **constants(table, rows, blocks),
     )
 
 
-def expand(h: Tensor, table: SelectionTable, rows: RowTable, out: Tensor, blocks: TileBlocks, *, add: bool) -> None:
-    """out ← each row's `B @ h`, or out + that."""
+def expand(
+    h: Tensor,
+    table: SelectionTable,
+    rows: RowTable,
+    out: Tensor,
+    blocks: TileBlocks,
+    *,
+    add: bool,
+    projection: int | None = None,
+) -> None:
+    """out ← each row's `B @ h`, or out + that: of all projections side by side, or of one."""
+    tiles = table.tiles(projection)
     chunks = triton.cdiv(table.banks.vector_length, blocks.features)
-    grid = (len(out), triton.cdiv(table.out_tiles, blocks.tiles), chunks)
-    _expand[grid](
+    _expand[(len(out), triton.cdiv(len(tiles), blocks.tiles), chunks)](
         h,
         table.banks.vectors,
         table.indices,
@@ -205,19 +205,16 @@ def expand(h: Tensor, table: SelectionTable, rows: RowTable, out: Tensor, blocks
         rows.slots,
         out,
         out.stride(0),
-        table.out_tiles,
+        tiles.start,
+        tiles.stop,
         table.first_b,
-        table.indices.shape[1],
+        table.slot_positions,
+        table.ranks.stride(0),
         table.banks.num_vectors,
         VECTOR_LENGTH=table.banks.vector_length,
-        PROJECTIONS=table.shape.projections,
-        MEMBERS=rows.members,
-        RANK=table.rank,
         TOPK=table.topk,
-        SPLITS=blocks.splits,
         ADD=add,
-        BLOCK_R=blocks.ranks,
         BLOCK_T=blocks.tiles,
         BLOCK_L=blocks.features,
-        num_warps=WARPS,
+        **constants(table, rows, blocks),
     )

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels.blocks import FactorBlocks
+from adapters.kernels.parts import constants, put, shrink_grid, slot_and_rank, sum_of_splits
 from adapters.kernels.tables import FactorTable, RowTable
-
-WARPS = 4
 
 
 @triton.jit
@@ -26,6 +25,7 @@ def _shrink(
     h,  # [SPLITS, rows, members, PROJECTIONS, RANK] float32
     x_stride,
     in_features,
+    slot_ranks,
     PROJECTIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
     RANK: tl.constexpr,
@@ -40,10 +40,7 @@ def _shrink(
     first_rank = (tl.program_id(1) % RANK_BLOCKS) * BLOCK_R
     split = tl.program_id(2)
 
-    slot = tl.load(row_slots + entry).to(tl.int64)
-    used = slot >= 0
-    slot = tl.where(used, slot, 0)
-    rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=used, other=0)
+    slot, rank = slot_and_rank(row_slots, ranks, slot_ranks, entry, projection)
     if first_rank < rank:  # what is beyond it, expand does not read
         r = first_rank + tl.arange(0, BLOCK_R)
         own_x = x + (entry // MEMBERS).to(tl.int64) * x_stride
@@ -60,7 +57,7 @@ def _shrink(
         tl.store(h + row_of_h * RANK + r, sums, mask=r < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_projection"])
 def _expand(
     h,  # [SPLITS, rows, members, PROJECTIONS, RANK] float32
     b_t,  # [slots, RANK, total_out]
@@ -70,6 +67,8 @@ def _expand(
     out,
     out_stride,
     total_out,
+    first_projection,
+    slot_ranks,
     PROJECTIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
     RANK: tl.constexpr,
@@ -78,9 +77,9 @@ def _expand(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """One program: BLOCK_F output features of one row and one projection."""
+    """One program: BLOCK_F output features of one row and one projection. `out` begins with `first_projection`."""
     row = tl.program_id(0)
-    projection = tl.program_id(1)
+    projection = first_projection + tl.program_id(1)
     start = tl.load(ends + projection - 1, mask=projection > 0, other=0)
     feature = start + tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_out = feature < tl.load(ends + projection)  # nowhere, for the narrower projections' last programs
@@ -89,32 +88,24 @@ def _expand(
     highest = 0  # rank that any member has here
     for member in range(MEMBERS):
         entry = row * MEMBERS + member
-        slot = tl.load(row_slots + entry).to(tl.int64)
-        rank = tl.load(ranks + slot * PROJECTIONS + projection, mask=slot >= 0, other=0)
+        slot, rank = slot_and_rank(row_slots, ranks, slot_ranks, entry, projection)
         highest = tl.maximum(highest, rank)
         for first_rank in range(0, rank, BLOCK_R):
             r = first_rank + tl.arange(0, BLOCK_R)
-            scale = tl.zeros([BLOCK_R], dtype=tl.float32)
-            for split in tl.static_range(SPLITS):
-                row_of_h = (split * tl.num_programs(0) * MEMBERS + entry) * PROJECTIONS + projection
-                scale += tl.load(h + row_of_h * RANK + r, mask=r < rank, other=0.0)
+            entries = tl.num_programs(0) * MEMBERS
+            scale = sum_of_splits(h, entry, entries, projection * RANK + r, r < rank, PROJECTIONS * RANK, SPLITS)
             at = (slot * RANK + r[:, None]) * total_out + feature[None, :]
             some_b = tl.load(b_t + at, mask=(r < rank)[:, None] & in_out[None, :], other=0.0)
             total += scale[:, None] * some_b.to(tl.float32)
     delta = tl.sum(total, axis=0)
-    at_out = out + row.to(tl.int64) * out_stride + feature
-    if ADD:
-        # What nothing is added to is not written either: the base's bits, -0.0 and NaN payloads included.
-        in_out = in_out & (highest > 0)
-        delta += tl.load(at_out, mask=in_out, other=0.0).to(tl.float32)
-    tl.store(at_out, delta.to(out.dtype.element_ty), mask=in_out)
+    skipped = tl.load(ends + first_projection - 1, mask=first_projection > 0, other=0)
+    at = row.to(tl.int64) * out_stride + feature - skipped
+    put(out, at, delta, in_out, highest > 0, ADD)
 
 
 def shrink(x: Tensor, table: FactorTable, rows: RowTable, h: Tensor, blocks: FactorBlocks) -> None:
     """h ← each row's `w · A @ x`, by part of the input, member and projection."""
-    projections = table.shape.projections
-    grid = (len(x) * rows.members, projections * triton.cdiv(table.rank, blocks.ranks), blocks.splits)
-    _shrink[grid](
+    _shrink[shrink_grid(len(x) * rows.members, table, blocks)](
         x,
         table.a,
         table.ranks,
@@ -123,21 +114,25 @@ def shrink(x: Tensor, table: FactorTable, rows: RowTable, h: Tensor, blocks: Fac
         h,
         x.stride(0),
         table.shape.in_features,
-        PROJECTIONS=projections,
-        MEMBERS=rows.members,
-        RANK=table.rank,
-        SPLITS=blocks.splits,
-        BLOCK_R=blocks.ranks,
+        table.ranks.stride(0),
         BLOCK_F=blocks.features,
-        num_warps=WARPS,
+        **constants(table, rows, blocks),
     )
 
 
-def expand(h: Tensor, table: FactorTable, rows: RowTable, out: Tensor, blocks: FactorBlocks, *, add: bool) -> None:
-    """out ← each row's `B @ h`, or out + that."""
-    widest = max(table.shape.out_features)
-    grid = (len(out), table.shape.projections, triton.cdiv(widest, blocks.features))
-    _expand[grid](
+def expand(
+    h: Tensor,
+    table: FactorTable,
+    rows: RowTable,
+    out: Tensor,
+    blocks: FactorBlocks,
+    *,
+    add: bool,
+    projection: int | None = None,
+) -> None:
+    """out ← each row's `B @ h`, or out + that: of all projections side by side, or of one."""
+    features = table.shape.out_features if projection is None else table.shape.out_features[projection : projection + 1]
+    _expand[(len(out), len(features), triton.cdiv(max(features), blocks.features))](
         h,
         table.b_t,
         table.ranks,
@@ -146,12 +141,9 @@ def expand(h: Tensor, table: FactorTable, rows: RowTable, out: Tensor, blocks: F
         out,
         out.stride(0),
         table.shape.total_out,
-        PROJECTIONS=table.shape.projections,
-        MEMBERS=rows.members,
-        RANK=table.rank,
-        SPLITS=blocks.splits,
+        projection or 0,
+        table.ranks.stride(0),
         ADD=add,
-        BLOCK_R=blocks.ranks,
         BLOCK_F=blocks.features,
-        num_warps=WARPS,
+        **constants(table, rows, blocks),
     )

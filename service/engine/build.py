@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapters.factors import FactorStack
 from adapters.merge import Merger
@@ -11,6 +11,8 @@ from adapters.registry import AdapterRegistry
 from service.engine.auto_merge import AutoMerge
 from service.engine.base_model import BaseModelError, LoadedBase
 from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.graphs.capture import GraphBackend
+from service.engine.graphs.setup import GraphOptions, attach_graphs
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits
 from service.engine.self_test import choose_runner
@@ -35,12 +37,21 @@ class EngineOptions:
     prefill_tokens: int = 512
     prefix_cache: bool = True
     auto_merge: bool = False
+    graphs: GraphOptions = field(default_factory=GraphOptions)
 
 
-def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOptions | None = None) -> BatchEngine:
+def build_engine(
+    base: LoadedBase,
+    registry: AdapterRegistry,
+    options: EngineOptions | None = None,
+    *,
+    graph_backend: GraphBackend | None = None,
+) -> BatchEngine:
     """An engine that has not been started. Tests first which key-value backend is right for the model.
 
-    Raises BaseModelError for a context longer than the model's, or a model that cannot be served.
+    Where the device has graphs, or with a `graph_backend`, decode steps are captured, for the adapters registered so
+    far and those like them. Raises BaseModelError for a context longer than the model's, or a model that cannot be
+    served.
     """
     options = options or EngineOptions()
     if options.max_context > base.context:
@@ -50,6 +61,7 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()
     runner.kv.reserve(limits.max_batch_size + limits.reserve, max_context)
+    attach_graphs(base, runner, registry.layouts, options.graphs, graph_backend)
     worker = Worker(
         runner,
         Merger(base.adapted),
@@ -61,7 +73,8 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
         FactorStack(base.adapted.siblings),
     )
     doors = EngineLimits(max_context, base.vocabulary, options.max_queue)
-    return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=runner.kv.name if batches else "solo")
+    backend = runner.kv.name if batches else "solo"
+    return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=backend, graphs=runner.graphs)
 
 
 def _limits(options: EngineOptions, vocabulary: int) -> Limits:

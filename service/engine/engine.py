@@ -23,6 +23,7 @@ from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import EventSink
+from service.engine.graphs.decode import DecodeGraphs
 from service.engine.job import Job, make_job
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
@@ -57,8 +58,10 @@ class BatchEngine:
         limits: EngineLimits,
         *,
         kv_backend: str | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.kv_backend = kv_backend
+        self._graphs = graphs
         self._worker = worker
         self._registry = registry
         self._decoder = decoder
@@ -140,6 +143,8 @@ class BatchEngine:
             restore_s=self._worker.restore_s,
             kv_bytes=kv_bytes,
             kv_budget_bytes=kv_budget_bytes,
+            replayed_steps=0 if self._graphs is None else self._graphs.replayed,
+            eager_steps=0 if self._graphs is None else self._graphs.eager_steps,
         )
 
     def drain(self, timeout_s: float) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapters.layers import AdaptedModel
 from adapters.low_rank import LowRankBatch
+from service.engine.graphs.decode import DecodeGraphs
 from service.engine.kv.backend import Blocks, KVBackend
 
 
@@ -72,15 +73,16 @@ class ModelRunner(Protocol):
 
 
 class TransformersRunner:
-    """Any Hugging Face causal LM over a key-value backend."""
+    """Any Hugging Face causal LM over a key-value backend. With `graphs`, decode steps that fit them are replayed."""
 
     def __init__(self, adapted: AdaptedModel, device: torch.device, kv: KVBackend) -> None:
         self._adapted = adapted
         self._device = device
         self.kv = kv
+        self.graphs: DecodeGraphs | None = None
         accepted = inspect.signature(adapted.model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._keeps_last_logits = "logits_to_keep" in accepted
+        self.takes_positions = "position_ids" in accepted
+        self.keeps_last_logits = "logits_to_keep" in accepted
 
     @property
     def rows(self) -> int:
@@ -109,11 +111,15 @@ class TransformersRunner:
         *,
         every_position: bool = False,
     ) -> Tensor:
+        if self.graphs is not None and not every_position:
+            replayed = self.graphs.run(rows, tokens, batch)
+            if replayed is not None:
+                return replayed
         step = self.kv.begin(rows, [len(of_row) for of_row in tokens])
         arguments: dict[str, Any] = {}
-        if self._keeps_last_logits and not every_position:
+        if self.keeps_last_logits and not every_position:
             arguments["logits_to_keep"] = 1
-        if self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = step.positions
         with self._adapted.using(batch):
             output = self._adapted.model(

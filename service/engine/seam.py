@@ -29,7 +29,8 @@ class EngineStats:
 
     `prompt_tokens` were run, `prefix_tokens` found in the prefix cache, which holds `prefix_bytes` and has dropped
     `prefix_evicted_blocks` blocks. Folds and restores took `fold_s` and `restore_s` seconds. Of the memory for keys and
-    values, `kv_budget_bytes`, the tokens of running rows take `kv_bytes`.
+    values, `kv_budget_bytes`, the tokens of running rows take `kv_bytes`. Where there are graphs, `replayed_steps` were
+    replayed and `eager_steps` fitted none.
     """
 
     waiting: int
@@ -46,6 +47,8 @@ class EngineStats:
     restore_s: float = 0.0
     kv_bytes: int = 0
     kv_budget_bytes: int = 0
+    replayed_steps: int = 0
+    eager_steps: int = 0
 
 
 class Engine(Protocol):

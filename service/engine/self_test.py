@@ -36,7 +36,7 @@ def choose_runner(
     `context` is the most tokens that a row may come to. Raises BaseModelError for a model that answers differently
     even alone once its keys and values are cached.
     """
-    dtype = next(adapted.model.parameters()).dtype
+    dtype = _dtype(adapted)
     layers = _text_config(adapted).num_hidden_layers
     backends: list[Callable[[], KVBackend]] = [
         lambda: SlotBackend(layers, dtype, device, budget),
@@ -48,7 +48,7 @@ def choose_runner(
     with adapted.finding_siblings():
         first = _plain(adapted, device, texts[0])
     expected = [first, *(_plain(adapted, device, text) for text in texts[1:])]
-    tolerance = max(_TOLERANCE, 16 * torch.finfo(dtype).eps) * max(float(e.abs().max()) for e in expected)
+    tolerance = _tolerance(adapted, expected)
     for make in backends:
         runner = TransformersRunner(adapted, device, make())
         if _agrees(runner, texts, expected, tolerance, _as_the_engine_runs_it):
@@ -64,9 +64,28 @@ def choose_runner(
     return runner, False
 
 
+def replay_agrees(runner: TransformersRunner, adapted: AdaptedModel, device: torch.device, vocabulary: int) -> bool:
+    """Whether decode steps that are replayed from graphs answer what the model does. Without rows, and leaves none."""
+    assert runner.graphs is not None
+    assert isinstance(runner.kv, SlotBackend)
+    texts = _texts(vocabulary)[: runner.kv.slots]  # more would move the slots, and graphs with them
+    expected = [_plain(adapted, device, text) for text in texts]
+    before = runner.graphs.replayed
+    agrees = _agrees(runner, texts, expected, _tolerance(adapted, expected), _by_row_then_together)
+    return agrees and runner.graphs.replayed == before + 1
+
+
 def _text_config(adapted: AdaptedModel) -> Any:
     config: Any = adapted.model.config
     return config.get_text_config()
+
+
+def _dtype(adapted: AdaptedModel) -> torch.dtype:
+    return next(adapted.model.parameters()).dtype
+
+
+def _tolerance(adapted: AdaptedModel, expected: Sequence[Tensor]) -> float:
+    return max(_TOLERANCE, 16 * torch.finfo(_dtype(adapted)).eps) * max(float(e.abs().max()) for e in expected)
 
 
 def _slides(adapted: AdaptedModel, context: int) -> bool:
@@ -128,6 +147,14 @@ def _as_the_engine_runs_it(runner: TransformersRunner, texts: list[list[int]]) -
     runner.keep(order)
     after = runner.extend(range(3), [texts[row][-1:] for row in order], None)
     return [torch.stack([before[row], after[order.index(row)]]) for row in range(3)]
+
+
+def _by_row_then_together(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:
+    """Each text in a row, the last tokens in one step. Token logits as `_plain` gives them."""
+    runner.add(len(texts))
+    before = [runner.extend([row], [text[:-1]], None) for row, text in enumerate(texts)]
+    after = runner.extend(range(len(texts)), [text[-1:] for text in texts], None)
+    return [torch.cat([one, other.unsqueeze(0)]) for one, other in zip(before, after, strict=True)]
 
 
 def _one_at_a_time(runner: TransformersRunner, texts: list[list[int]]) -> list[Tensor]:

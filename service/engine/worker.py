@@ -27,6 +27,7 @@ from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason
+from service.engine.fatal import is_fatal
 from service.engine.guide import GrammarFailed
 from service.engine.job import Choice, Job
 from service.engine.model_runner import ModelRunner
@@ -480,11 +481,6 @@ def _optional(otherwise: str) -> Iterator[None]:
         if is_fatal(error):
             raise
         log.warning("%s: %s", otherwise, error)
-
-
-def is_fatal(error: Exception) -> bool:
-    """A CUDA error leaves the device's state unknown: nothing more can be computed in this process."""
-    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # not there before PyTorch 2.8
 
 
 def failure(error: Exception) -> tuple[str, str]:

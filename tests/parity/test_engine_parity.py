@@ -28,6 +28,7 @@ from service.engine.base_model import load_base
 from service.engine.build import EngineOptions, build_engine
 from service.engine.engine import BatchEngine
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from service.engine.graphs.capture import GraphBackend
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_greedy, peft_reference, save_model, tiny_model
@@ -78,7 +79,9 @@ class Bench:
     digests: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def engine(self, dtype: str = "auto", **options: Any) -> Iterator[BatchEngine]:
+    def engine(
+        self, dtype: str = "auto", graph_backend: GraphBackend | None = None, **options: Any
+    ) -> Iterator[BatchEngine]:
         with ExitStack() as opened:
             base = load_base(str(self.folder / "base"), dtype=dtype, device="cpu")
             store = AdapterStore(self.folder / f"data-{len(list(self.folder.iterdir()))}")
@@ -91,7 +94,7 @@ class Bench:
                     shutil.copytree(path, staged, dirs_exist_ok=True)
                     record = registry.register("", name.partition(",")[0], staged, replace=True)
                 self.digests[name] = record.digest
-            engine = build_engine(base, registry, EngineOptions(**options))
+            engine = build_engine(base, registry, EngineOptions(**options), graph_backend=graph_backend)
             opened.callback(engine.stop)
             yield engine.start()
             engine.stop()
@@ -150,7 +153,9 @@ def ask(engine: BatchEngine, requests: Sequence[GenerationRequest]) -> dict[str,
     return answers
 
 
-def random_load(bench: Bench, count: int, seed: int) -> list[GenerationRequest]:
+def random_load(
+    bench: Bench, count: int, seed: int, among: Sequence[dict[str, float]] = SELECTIONS
+) -> list[GenerationRequest]:
     """Some prompts begin alike, some are one token long; some requests are greedy, some seeded, some want to merge."""
     pick = random.Random(seed)
     shared = [pick.choices(range(256), k=100) for _ in range(2)]
@@ -164,7 +169,7 @@ def random_load(bench: Bench, count: int, seed: int) -> list[GenerationRequest]:
         if pick.random() < 0.4:
             params = replace(params, temperature=pick.choice([0.7, 1.3]), top_p=0.95, seed=pick.randrange(2**40))
         mode = pick.choice([Mode.SWITCH, Mode.SWITCH, Mode.MERGE])
-        selection = bench.selection(pick.choice(SELECTIONS), mode)
+        selection = bench.selection(pick.choice(among), mode)
         requests.append(GenerationRequest(f"{i}", tuple(prompt), params, selection, n=pick.choice([1, 1, 1, 3])))
     return requests
 

@@ -91,8 +91,8 @@ def test_only_ray_app_may_know_ray() -> None:
 
 
 def test_only_the_kernels_may_know_triton() -> None:
-    """It is an extra, of Linux alone: `adapters.kernels.delta` loads these two when they are asked for."""
-    kernels = {ROOT / "adapters" / "kernels" / name for name in ("bank_direct.py", "gathered.py")}
+    """It is an extra, of Linux alone: `adapters.kernels.delta` loads them when they are asked for."""
+    kernels = {ROOT / "adapters" / "kernels" / name for name in ("bank_direct.py", "gathered.py", "parts.py")}
     for source in sources("service") + sources("adapters") + sources("vblora_vllm"):
         if source not in kernels:
             assert not any(module.split(".")[0] == "triton" for module in imports(source)), source

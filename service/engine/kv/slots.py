@@ -133,6 +133,7 @@ class SlotBackend:
         self._pending: tuple[list[int], list[int]] | None = None
         self.slots, self.columns = self._floor
         self.bytes_per_token = 0
+        self.moves = 0  # counts the times that the tensors have become others
         self.window: _Window
 
     @property
@@ -195,10 +196,32 @@ class SlotBackend:
         positions = positions.masked_fill(padding, 0).to(self._device)
         return StepInputs(self._cache, self._mask(positions, padding, uniform, starts[0]), positions)
 
+    def begin_decode(self, rows: int) -> list[int]:
+        """Prepares one more token of each of the first rows. Returns their lengths: where the tokens go."""
+        starts = self._lengths[:rows]
+        self._make_room(self.rows, max(starts) + 1)
+        for row, start in enumerate(starts):
+            self._written[row] = max(self._written[row], start + 1)
+        self._pending = list(range(rows)), [1] * rows
+        return starts
+
+    def decode_inputs(self, positions: Tensor, columns: Tensor, row_index: Tensor, length: int) -> StepInputs:
+        """What a forward by one token of the first rows is given, made of tensors on the device alone.
+
+        positions, columns and row_index [rows, 1]. Attention reads `length` columns, those beyond a row's position
+        masked. A row that is only there to fill the batch writes to the scratch column, `self.columns`.
+        """
+        self.window = _Window(slice(0, len(positions)), row_index, columns, None, length)
+        return StepInputs(self._cache, self._additive(positions), positions)
+
     def _mask(self, positions: Tensor, padding: Tensor, uniform: bool, start: int) -> Tensor | None:
         """None where the model's own causal mask is right: rows of one length that decode, or begin."""
         if uniform and (positions.shape[1] == 1 or start == 0):
             return None
+        return self._additive(positions)
+
+    def _additive(self, positions: Tensor) -> Tensor:
+        """0 up to each query's position, and the lowest number beyond it."""
         visible = torch.arange(self.window.length, device=self._device) <= positions.unsqueeze(-1)
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
         return mask.masked_fill_(~visible, self._lowest).unsqueeze(1)  # [rows, 1, queries, length]
@@ -271,6 +294,7 @@ class SlotBackend:
         for layer in self._layers:
             layer.resize(slots, columns)
         self.slots, self.columns = slots, columns
+        self.moves += 1
 
 
 def _as_slice(rows: Sequence[int], device: torch.device) -> slice | Tensor:

@@ -51,9 +51,9 @@ def compact(path: Path) -> TopKCheckpoint:
 
 def factors(path: Path) -> AdapterFactors:
     checkpoint = as_served(read_adapter(path))
-    return AdapterFactors(
-        path.name, {layer.name: LayerFactors(a.contiguous(), b_t) for layer, a, b_t in checkpoint.factors()}
-    )
+    layers = {layer.name: LayerFactors(a.contiguous(), b_t) for layer, a, b_t in checkpoint.factors()}
+    selections = checkpoint if isinstance(checkpoint, TopKCheckpoint) else None
+    return AdapterFactors(path.name, layers, selections=selections)
 
 
 @torch.inference_mode()

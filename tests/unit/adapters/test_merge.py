@@ -136,8 +136,10 @@ class TestTiedWeights:
         for _ in range(5):
             merger.fold([(adapter, 1.0)])
             merger.fold([(adapter, -0.5)])
+            assert model.moved == {"lm_head"}, "for whoever remembers where weights are"
             merger.restore()
             assert model.base_layer("lm_head").weight is own
+            assert not model.moved
         assert_pristine(model, before)
 
     def test_equals_peft_on_the_low_rank_path(self, tmp_path: Path):

@@ -20,6 +20,7 @@ class Engine:
         return EngineStats(
             1, 2, 3, prompt_tokens=40, completion_tokens=50, folds=6, prefix_tokens=60, prefix_bytes=70,
             prefix_evicted_blocks=80, fold_s=9.5, restores=10, restore_s=11.5, kv_bytes=120, kv_budget_bytes=130,
+            replayed_steps=140, eager_steps=150,
         )  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def test_a_scrape_asks_engine_registry_and_store() -> None:
         "vblora_restore_seconds_total": 11.5,
         "vblora_kv_bytes": 120,
         "vblora_kv_budget_bytes": 130,
+        "vblora_replayed_steps_total": 140,
+        "vblora_eager_steps_total": 150,
         "vblora_adapters": 7,
         "vblora_adapter_resident_bytes{kind=compact}": 100,
         "vblora_adapter_resident_bytes{kind=factors}": 200,

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import adapters.kernels
 from adapters.kernels.blocks import FactorBlocks, TileBlocks
 from adapters.kernels.delta import GroupDelta, Pair, Timings, TritonMissing
 from adapters.kernels.tables import BankTable, DoesNotFit, FactorTable, GroupShape, RowTable, SelectionTable
@@ -33,6 +34,7 @@ class TestWithoutTriton:
         monkeypatch.setitem(sys.modules, "triton", None)
         for pair in Pair:
             monkeypatch.delitem(sys.modules, f"adapters.kernels.{pair.value}", raising=False)
+            monkeypatch.delattr(adapters.kernels, pair.value, raising=False)
             with pytest.raises(TritonMissing, match="vblora-serve\\[kernels\\]"):
                 GroupDelta(RowTable(4), selections=selection_table(), factors=factor_table(), choice=pair)
 

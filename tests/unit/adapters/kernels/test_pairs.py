@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from adapters.kernels import reference
-from adapters.kernels.delta import Pair
+from adapters.kernels.delta import GroupDelta, Pair
 from benchmarks.kernel_cases import CHECKED, KernelCase, KernelGroup, build, random_checkpoint, tolerance
+from tests.graphs import no_host
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `kernels`, on Linux)")
 
@@ -44,6 +45,40 @@ def test_a_rows_result_is_the_same_to_the_bit_in_any_batch(pair: Pair):
         alone = group.output()[:1]
         group.delta(pair).write(alone, group.x[row : row + 1])
         assert torch.equal(alone[0], together[row])
+
+
+@both
+@pytest.mark.parametrize("name", ["plain", "tiles of 3", "tiles of 320", "blends of 4", "bfloat16"])
+def test_each_projection_into_an_output_of_its_own(name: str, pair: Pair):
+    """The bits are those of all at once."""
+    group = build(CHECKED[name])
+    delta, together = group.delta(pair), torch.randn(len(group.x), group.case.shape.total_out).to(group.x.dtype)
+    apart = [together[:, columns].clone() for columns in group.case.shape.columns()]
+    delta.add_to(together, group.x)
+    delta.shrink(group.x)
+    for projection in reversed(range(len(apart))):
+        delta.add_projection(apart[projection], projection)
+    assert torch.equal(torch.cat(apart, 1), together)
+
+
+@both
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_kernels_stand_in_computes_what_they_do(name: str, pair: Pair):
+    """Where there is no GPU, and without a look at the tables from the host."""
+    group = build(CHECKED[name])
+    delta = GroupDelta(group.rows, selections=group.selections, factors=group.factors, choice=pair, kernels=reference)
+    exact = reference.delta(group.x, group.table(pair), group.rows)
+    output = group.output()
+    with no_host():
+        delta.write(output, group.x)
+    assert float((output.double() - exact).abs().max() / exact.abs().max()) < tolerance(group.case.dtype, "cpu")
+    apart = [torch.full_like(output[:, columns], -0.0) for columns in group.case.shape.columns()]
+    with no_host():
+        delta.shrink(group.x)
+        for projection, each in enumerate(apart):
+            delta.add_projection(each, projection)
+    torch.testing.assert_close(torch.cat(apart, 1), output)
+    assert apart[0][0].signbit().all(), "the base's own bits"
 
 
 class TestBaseRows:

@@ -1,0 +1,1 @@
+"""Decode steps of static shapes, captured at load and replayed: on CUDA a step then costs one launch."""
