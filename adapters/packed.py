@@ -1,7 +1,8 @@
 """Linear layers on a CPU whose weights are kept as oneDNN wants them, in blocks, instead of row by row.
 
 For the few rows of a decode step a product with a packed weight takes about half as long as one with a plain weight.
-Packing is a permutation: it costs no memory and no precision, and is undone exactly.
+Packing is a permutation: it costs no precision and is undone exactly. It costs no memory either, but weights that were
+pages of a file, which several processes may share, become the process's own.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def pack_linear_layers(model: nn.Module) -> int:
     PyTorch comes without oneDNN, or this CPU lacks what oneDNN needs for the dtype. A weight that embeddings share
     stays theirs, and is in memory once more.
     """
+    count = _pack_layers(model)
+    if count:
+        _leave_files(model)
+    return count
+
+
+def _pack_layers(model: nn.Module) -> int:
     count = 0
     for name, module in list(model.named_modules()):
         if not name or type(module) is not nn.Linear or not _is_plain(module.weight):
@@ -75,6 +83,13 @@ def pack_linear_layers(model: nn.Module) -> int:
         setattr(model.get_submodule(parent), attribute, layer)
         count += 1
     return count
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copies what is left of mapped files: one tensor of a file keeps all of its pages, packed weights' too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor) in (nn.Parameter, Tensor):
+            tensor.data = tensor.data.clone()
 
 
 def _is_plain(weight: Tensor) -> bool:

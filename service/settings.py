@@ -89,7 +89,7 @@ class Settings:
     )
     threads: int = _setting(whole(0), 0, "CPU threads for the model's arithmetic. 0: PyTorch's choice.")
     pack_weights: bool = _setting(
-        BOOLEAN, True, "Whether linear weights on a CPU are rearranged at load as oneDNN wants them: faster, same size."
+        BOOLEAN, True, "Whether linear weights on a CPU are rearranged at load as oneDNN wants them: faster, as large."
     )
     host: str = _setting(TEXT, "127.0.0.1", "The address to listen on. 0.0.0.0: every address of the machine.")
     port: int = _setting(whole(0, 65535), 8000, "The port to listen on. 0: a free one.")
