@@ -20,7 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
+from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
+from service.engine.quantization import (
+    NONE,
+    loading_arguments,
+    prepare,
+    quantization_of,
+    stored_tensors,
+    weight_bytes,
+)
 from service.engine.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -38,7 +47,11 @@ class BaseModelError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedBase:
-    """A base model ready to serve adapters. `fingerprint` identifies its weights; `created` is a Unix time."""
+    """A base model ready to serve adapters. `fingerprint` identifies its weights; `created` is a Unix time.
+
+    `quantization` names how its weights are stored, None for plainly; `parameters` counts what they stand for, and
+    `weight_bytes` what they take.
+    """
 
     id: str
     model_type: str
@@ -51,6 +64,8 @@ class LoadedBase:
     vocabulary: int
     eos_token_ids: frozenset[int]
     parameters: int
+    weight_bytes: int
+    quantization: str | None
     fingerprint: str
     created: int
 
@@ -66,6 +81,7 @@ class Pretrained:
     config: Any
     tokenizer: Any
     model: Any
+    quantization: str | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -82,10 +98,11 @@ class Pretrained:
         return frozenset()
 
 
-def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrained:
+def load_pretrained(model: str, *, dtype: str, device: torch.device, quantization: str = NONE) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
-    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
+    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA; of a quantized model it is what its activations
+    and the layers that are left as they are have. Raises BaseModelError.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log is no place for one
@@ -93,11 +110,14 @@ def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrain
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
-        loaded = loaded.to(device).eval().requires_grad_(False)
+        quantized = loading_arguments(config, quantization, wanted, device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
+        loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
+        how = quantization_of(loaded, config, quantization)
+        prepare(loaded)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
-    return Pretrained(config, tokenizer, loaded)
+    return Pretrained(config, tokenizer, loaded, how)
 
 
 def load_base(
@@ -105,15 +125,17 @@ def load_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str = NONE,
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
 ) -> LoadedBase:
     """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError."""
     where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where)
+    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization)
     config, loaded = pretrained.config, pretrained.model
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
+    counted = loaded if pretrained.quantization is None else _without_weights(model)[0]
     modules = modules_of(loaded, config)
     name = served_model_name or served_name(model)
     return LoadedBase(
@@ -127,7 +149,9 @@ def load_base(
         context=_context(config),
         vocabulary=pretrained.vocabulary,
         eos_token_ids=pretrained.eos_token_ids,
-        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+        parameters=sum(parameter.numel() for parameter in counted.parameters()),
+        weight_bytes=weight_bytes(loaded),
+        quantization=pretrained.quantization,
         fingerprint=fingerprint,
         created=int(time.time()),
     )
@@ -191,9 +215,14 @@ def identify(model: str, served_model_name: str | None, aliases: Iterable[str]) 
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """16 hex digits over every parameter's name, shape, dtype and a sample of its values."""
+    """16 hex digits over every parameter's name, shape, dtype and a sample of its values.
+
+    Of a quantized model, over all that its weights are stored in, scales included; before it runs for the first time,
+    when bitsandbytes may store them otherwise, and rounded.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    quantized = any(holds_quantized(module) for module in model.modules())
+    for name, parameter in stored_tensors(model) if quantized else sorted(model.named_parameters()):
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()

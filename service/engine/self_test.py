@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from adapters.layers import AdaptedModel
+from adapters.quantized import holds_quantized
 from service.engine.base_model import BaseModelError
 from service.engine.kv.backend import KVBackend
 from service.engine.kv.rows import RowsBackend
 from service.engine.kv.slots import SlotBackend
 from service.engine.model_runner import TransformersRunner
+from service.engine.quantization import mixes_rows, rounds_to
 
 log = logging.getLogger(__name__)
 
 # Rows may differ from the plain forward by this much, relative to the largest token logit.
 _TOLERANCE = 1e-3
+_OF_QUANTIZED = 0.1  # alone: with activations that are rounded too, parts of a text round otherwise than the whole
 _LENGTHS = (5, 12, 3)
 _CHUNK = 4
 
@@ -36,7 +39,7 @@ def choose_runner(
     `context` is the most tokens that a row may come to. Raises BaseModelError for a model that answers differently
     even alone once its keys and values are cached.
     """
-    dtype = next(adapted.model.parameters()).dtype
+    dtype = _dtype(adapted)
     layers = _text_config(adapted).num_hidden_layers
     backends: list[Callable[[], KVBackend]] = [
         lambda: SlotBackend(layers, dtype, device, budget),
@@ -48,13 +51,16 @@ def choose_runner(
     with adapted.finding_siblings():
         first = _plain(adapted, device, texts[0])
     expected = [first, *(_plain(adapted, device, text) for text in texts[1:])]
-    tolerance = max(_TOLERANCE, 16 * torch.finfo(dtype).eps) * max(float(e.abs().max()) for e in expected)
-    for make in backends:
+    largest = max(float(e.abs().max()) for e in expected)
+    tolerance = max(_TOLERANCE, 16 * torch.finfo(rounds_to(adapted.model, dtype)).eps) * largest
+    for make in [] if mixes_rows(adapted.model) else backends:
         runner = TransformersRunner(adapted, device, make())
         if _agrees(runner, texts, expected, tolerance, _as_the_engine_runs_it):
             return runner, True
     name = type(adapted.model).__name__
     runner = TransformersRunner(adapted, device, RowsBackend(device, budget))
+    if any(holds_quantized(module) for module in adapted.model.modules()):
+        tolerance = _OF_QUANTIZED * largest
     if not _agrees(runner, texts, expected, tolerance, _one_at_a_time):
         raise BaseModelError(
             f"{name} cannot be served: token by token, with its keys and values cached, it answers differently than "
@@ -62,6 +68,11 @@ def choose_runner(
         )
     log.warning("%s answers differently in batches: running one row at a time", name)
     return runner, False
+
+
+def _dtype(adapted: AdaptedModel) -> torch.dtype:
+    """What the model computes in: of its first parameter that is no packed integers."""
+    return next(p.dtype for p in adapted.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
 
 
 def _text_config(adapted: AdaptedModel) -> Any:
