@@ -92,7 +92,8 @@ class Pretrained:
     def eos_token_ids(self) -> frozenset[int]:
         """The generation config's, else the model config's, else the tokenizer's."""
         model = self.model
-        for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, self.tokenizer.eos_token_id):
+        own = (getattr(config, "eos_token_id", None) for config in (model.generation_config, model.config))
+        for ids in (*own, self.tokenizer.eos_token_id):
             if ids is not None:
                 return frozenset(ids if isinstance(ids, list) else [ids])
         return frozenset()

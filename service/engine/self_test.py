@@ -6,6 +6,7 @@ different lengths are run as the engine runs them and compared with plain forwar
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,10 +63,7 @@ def choose_runner(
     if any(holds_quantized(module) for module in adapted.model.modules()):
         tolerance = _OF_QUANTIZED * largest
     if not _agrees(runner, texts, expected, tolerance, _one_at_a_time):
-        raise BaseModelError(
-            f"{name} cannot be served: token by token, with its keys and values cached, it answers differently than "
-            "over a whole text"
-        )
+        raise BaseModelError(f"{name} cannot be served: {_why_not(adapted)}")
     log.warning("%s answers differently in batches: running one row at a time", name)
     return runner, False
 
@@ -73,6 +71,19 @@ def choose_runner(
 def _dtype(adapted: AdaptedModel) -> torch.dtype:
     """What the model computes in: of its first parameter that is no packed integers."""
     return next(p.dtype for p in adapted.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+
+
+def _why_not(adapted: AdaptedModel) -> str:
+    """Why a model fails even alone."""
+    if "past_key_values" not in inspect.signature(adapted.model.forward).parameters:
+        return "it takes no cache of keys and values (past_key_values)"
+    kinds = {*(getattr(_text_config(adapted), "layer_types", None) or ())}
+    if others := sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind):
+        return f"besides attention over keys and values it has layers of other kinds ({', '.join(others)}), with states"
+    return (
+        "token by token, with its keys and values cached, it answers differently than over a whole text; it may keep "
+        "other states between tokens"
+    )
 
 
 def _text_config(adapted: AdaptedModel) -> Any:
