@@ -95,12 +95,21 @@ def _slides(adapted: AdaptedModel, context: int) -> bool:
     """Whether some layer attends to a part of a text only: a window that no text outgrows is none."""
     config = _text_config(adapted)
     kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"}:
         return True
-    if kinds == {"full_attention"} or (not kinds and window is None):
+    windows = _windows(config)
+    if kinds == {"full_attention"} or (not kinds and not windows):
         return False
-    return window is None or window < context
+    return not windows or min(windows) < context
+
+
+def _windows(config: Any) -> list[int]:
+    """Every length that a config calls a window: `sliding_window` mostly, `window_size` in GPT-Neo's."""
+    windows: list[int] = []
+    for name, value in config.to_dict().items():
+        if name.endswith(("window", "windows", "window_size")) and not name.startswith(("use_", "num_", "n_")):
+            windows += [each for each in (value if isinstance(value, list) else [value]) if type(each) is int]
+    return windows
 
 
 def _texts(vocabulary: int) -> list[list[int]]:
