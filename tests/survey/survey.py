@@ -1,4 +1,4 @@
-"""One architecture: loaded, tested at load, two adapters registered, a mixed batch run, every token held against PEFT."""
+"""One architecture: loaded and tested, two adapters registered, a mixed batch run, every token held against PEFT."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tests.survey.configs import tiny_config
 
 CPU = torch.device("cpu")
 TOKENS = 6
+CONTEXT = 64
 TILE = 8
 STRENGTHS = (0.2, 0.1, 0.05)  # of the weights: as strong as the architecture stands
 # PEFT refuses them on these models, whose kernels read the weights past the adapter.
@@ -44,7 +45,7 @@ WHO: tuple[str | None, ...] = (None, "one", "two", "one", "two", None, "one", "t
 class Finding:
     """What came of an architecture. `outcome`: works, refused, or wrong; `kv` the backend; `detail` the reason."""
 
-    model_type: str
+    architecture: str
     outcome: str
     kv: str = ""
     layers: int = 0
@@ -55,16 +56,16 @@ class Unfit(Exception):
     """The tiny model itself is of no use for the survey."""
 
 
-def survey(model_type: str) -> Finding:
+def survey(architecture: str) -> Finding:
     """Never raises: what goes wrong otherwise than by a refusal is an outcome, `wrong`."""
     with tempfile.TemporaryDirectory(prefix="survey-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _surveyed(model_type, Path(folder))
+            return _surveyed(architecture, Path(folder))
         except (BaseModelError, AdapterError) as error:
-            return Finding(model_type, "refused", detail=_line(error, folder))
+            return Finding(architecture, "refused", detail=_line(error, folder))
         except Exception as error:
-            return Finding(model_type, "wrong", detail=_line(error, folder) + _place(error))
+            return Finding(architecture, "wrong", detail=_line(error, folder) + _place(error))
 
 
 def _line(error: Exception, folder: str) -> str:
@@ -77,36 +78,37 @@ def _place(error: Exception) -> str:
     return f" ({Path(last.filename).name}:{last.lineno})"
 
 
-def _surveyed(model_type: str, folder: Path) -> Finding:
-    model = tiny_base(model_type)
+def _surveyed(architecture: str, folder: Path) -> Finding:
+    model = tiny_base(architecture)
     save_model(model, folder / "base")
     targets = targets_of(model)
     if not targets:
-        return Finding(model_type, "refused", detail="it has no linear layers to adapt")
+        return Finding(architecture, "refused", detail="it has no linear layers to adapt")
     one = AdapterSpec(seed=1, r=4, vector_length=TILE, target_modules=targets)
     two = AdapterSpec(seed=2, r=2, vector_length=TILE, target_modules=targets[::2])
     adapters = {name: make_adapter(model, spec, folder / name) for name, spec in (("one", one), ("two", two))}
-    with engine_of(folder, adapters) as (engine, known):
+    with engine_of(folder, adapters) as (engine, known, context):
         kv = str(engine.kv_backend)
-        answered = answers(engine, known)
+        asked = [(name, prompt[: context - TOKENS]) for name, prompt in zip(WHO, prompts(), strict=True)]
+        answered = answers(engine, known, asked)
     expected = {name: expected_of(folder, adapters.get(name or "")) for name in set(WHO)}
     check_adapters_matter(expected)
     wrong = [
         f"{name or 'base'}, prompt of {len(prompt)}: {tokens} instead of {rightly}"
-        for name, prompt, tokens in zip(WHO, prompts(), answered, strict=True)
+        for (name, prompt), tokens in zip(asked, answered, strict=True)
         if tokens != (rightly := peft_greedy(expected[name], prompt, TOKENS))
     ]
     if wrong:
-        return Finding(model_type, "wrong", kv, len(targets), "; ".join(wrong)[:600])
-    return Finding(model_type, "works", kv, len(targets))
+        return Finding(architecture, "wrong", kv, len(targets), "; ".join(wrong)[:600])
+    return Finding(architecture, "works", kv, len(targets))
 
 
-def tiny_base(model_type: str) -> PreTrainedModel:
+def tiny_base(architecture: str) -> PreTrainedModel:
     """A random model whose token logits are finite. Raises Unfit."""
     for strength in STRENGTHS:
         with untouched_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32).eval()
         randomize(model, 0, strength)
         if peft_logits(model, prompts()[0]).isfinite().all():
             return model
@@ -114,7 +116,7 @@ def tiny_base(model_type: str) -> PreTrainedModel:
 
 
 def targets_of(model: PreTrainedModel) -> list[str]:
-    """Every linear layer by its whole name but the output layer, those that tiles do not divide, and PEFT's exceptions."""
+    """Every linear layer by its whole name: but the output layer, what tiles do not divide, and PEFT's exceptions."""
     excepted = NOT_BY_PEFT.get(model.config.model_type, ())
     names = []
     for name, module in model.named_modules():
@@ -127,8 +129,8 @@ def targets_of(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def engine_of(folder: Path, adapters: dict[str, Path]) -> Iterator[tuple[BatchEngine, dict[str, SelectedAdapter]]]:
-    """A running engine over the base on disk, as a server makes it, and the adapters as it knows them."""
+def engine_of(folder: Path, adapters: dict[str, Path]) -> Iterator[tuple[BatchEngine, dict[str, SelectedAdapter], int]]:
+    """A running engine over the base on disk, as a server makes it, the adapters as it knows them, and its context."""
     with ExitStack() as opened:
         base = load_base(str(folder / "base"), device="cpu")
         store = AdapterStore(folder / "data")
@@ -139,10 +141,11 @@ def engine_of(folder: Path, adapters: dict[str, Path]) -> Iterator[tuple[BatchEn
             with store.staging() as staged:
                 shutil.copytree(path, staged, dirs_exist_ok=True)
                 known[name] = SelectedAdapter(name, registry.register("", name, staged).digest)
-        options = EngineOptions(max_batch_size=5, max_context=64, prefill_tokens=16, kv_memory=1 << 26)
+        context = min(base.context, CONTEXT)
+        options = EngineOptions(max_batch_size=5, max_context=context, prefill_tokens=16, kv_memory=1 << 26)
         engine = build_engine(base, registry, options).start()
         opened.callback(engine.stop)
-        yield engine, known
+        yield engine, known, context
 
 
 def prompts() -> list[list[int]]:
@@ -152,15 +155,17 @@ def prompts() -> list[list[int]]:
     return [*made, [*made[0], 65], [*made[1], 66, 67], [*made[2], 68]]
 
 
-def answers(engine: BatchEngine, known: dict[str, SelectedAdapter]) -> list[list[int]]:
-    """The greedy tokens of every prompt, run together. Raises RuntimeError if a request fails."""
+def answers(
+    engine: BatchEngine, known: dict[str, SelectedAdapter], asked: Sequence[tuple[str | None, list[int]]]
+) -> list[list[int]]:
+    """The greedy tokens of every adapter's prompt, run together. Raises RuntimeError if a request fails."""
     params = SamplingParams(max_new_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     events: queue.Queue[Event] = queue.Queue()
-    tokens: list[list[int]] = [[] for _ in WHO]
-    for number, (name, prompt) in enumerate(zip(WHO, prompts(), strict=True)):
+    tokens: list[list[int]] = [[] for _ in asked]
+    for number, (name, prompt) in enumerate(asked):
         selection = Selection(() if name is None else (known[name],))
         engine.submit([GenerationRequest(f"{number}", tuple(prompt), params, selection)], events.put)
-    for _ in WHO:
+    for _ in asked:
         while not isinstance(event := events.get(timeout=120), FinishedEvent):
             if isinstance(event, FailedEvent):
                 raise RuntimeError(f"a request failed: {event.message}")
@@ -181,8 +186,3 @@ def check_adapters_matter(expected: dict[str | None, Any]) -> None:
     least = min(float((this - that).abs().max()) for this, that in ((base, one), (base, two), (one, two)))
     if least < 0.01 * float(base.abs().max()):
         raise Unfit("the adapters change next to nothing")
-
-
-def survey_all(model_types: Sequence[str]) -> Iterator[Finding]:
-    for model_type in model_types:
-        yield survey(model_type)
