@@ -12,6 +12,7 @@ from torch import Tensor
 from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
+from adapters.quantized import is_quantized
 from adapters.reading import AnyLayout
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
@@ -70,6 +71,12 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
     if not model.can_replace(owner):
         raise UnsupportedCheckpoint(
             f"the adapter saves {owner!r}; of saved modules, linear layers, embeddings and norms can be served",
+            subject=spec.key,
+        )
+    if is_quantized(own):
+        raise UnsupportedCheckpoint(
+            f"the adapter saves {owner!r}, whose {attribute} this server holds quantized: nothing can stand in its "
+            "place; serve the base unquantized",
             subject=spec.key,
         )
     if tuple(own.shape) != spec.shape:

@@ -3,6 +3,7 @@
     AdapterError
     ├── InvalidName              a name that the store does not accept
     ├── InvalidSelection         a selection that contradicts itself or cannot be computed
+    │   └── MergeUnsupported         a merge into a base that holds its weights quantized
     ├── CheckpointError          a checkpoint that is refused; `subject` names the tensor or the field
     │   ├── UnsupportedCheckpoint    no safetensors of VB-LoRA or plain LoRA, or a part we cannot serve
     │   ├── InvalidSafetensors       the file does not parse
@@ -60,6 +61,10 @@ class InvalidName(AdapterError):
 
 class InvalidSelection(AdapterError):
     pass
+
+
+class MergeUnsupported(InvalidSelection):
+    code = "merge_unsupported"
 
 
 class CheckpointError(AdapterError):

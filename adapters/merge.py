@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.compose import delta
-from adapters.errors import InvalidSelection
+from adapters.errors import InvalidSelection, MergeUnsupported
 from adapters.factors import AdapterFactors
 from adapters.layers import AdaptedModel
 from adapters.packed import PackedLinear, own_value
+from adapters.quantized import is_quantized
 from adapters.replacements import blended
 from adapters.targets import is_conv1d
 
@@ -55,8 +56,8 @@ class Merger:
     def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         """Replaces every parameter that `selection` changes: weights by `W + Σ weight · delta`, and those it replaces.
 
-        Whatever was folded before is restored first. Raises InvalidSelection, with the pristine parameters in place,
-        when a layer is quantized or a folded weight overflows its dtype.
+        Whatever was folded before is restored first. Raises, with the pristine parameters in place,
+        MergeUnsupported when a layer is quantized and InvalidSelection when a folded weight overflows its dtype.
         """
         self.restore()
         try:
@@ -101,9 +102,12 @@ class Merger:
     def _fold_parameter(self, place: Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         name, attribute = place
         layer = self._model.base_layer(name)
-        own: Tensor = getattr(layer, attribute)
-        if not own.is_floating_point():
-            raise InvalidSelection(f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it")
+        own: Tensor | None = getattr(layer, attribute, None)
+        if own is None or is_quantized(own):
+            raise MergeUnsupported(
+                f"{name!r} is quantized: an adapter runs beside it but cannot be folded into it; use mode 'switch'",
+                subject="mode",
+            )
         packed = _packed(layer, attribute)
         key = f"{name}.{attribute}"
         if key not in self._pristine:

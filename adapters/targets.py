@@ -11,6 +11,7 @@ from torch import nn
 from adapters.config import AdapterConfig
 from adapters.errors import MissingTensor, NoTargetMatched, ShapeMismatch, UnexpectedTensor
 from adapters.patterns import Allowance, Pattern
+from adapters.quantized import quantized_shape
 
 _MOST_NAMES_SHOWN = 6
 
@@ -52,7 +53,7 @@ class LayerShape:
 
 
 def adaptable_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a Linear or Conv1D, None for every other module.
+    """(in_features, out_features) of a Linear, quantized or not, or a Conv1D; None for every other module.
 
     Conv1D is transformers' GPT-2 layer, which stores its weight [in, out]; it is known by its class name.
     """
@@ -61,7 +62,7 @@ def adaptable_shape(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
         rows, columns = module.weight.shape  # type: ignore[misc]
         return int(rows), int(columns)
-    return None
+    return quantized_shape(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -152,11 +152,13 @@ def _load_base(settings: Settings) -> LoadedBase:
         settings.model,
         dtype=settings.dtype,
         device=settings.device,
+        quantization=settings.quantization,
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
         pack_weights=settings.pack_weights,
     )
     facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
+    facts |= {"quantization": base.quantization or "none", "weight_bytes": base.weight_bytes}
     log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
     return base
 
@@ -204,6 +206,8 @@ def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:
         id=base.id,
         model_type=base.model_type,
         parameters=base.parameters,
+        weight_bytes=base.weight_bytes,
+        quantization=base.quantization,
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         fingerprint=base.fingerprint,

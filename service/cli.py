@@ -16,7 +16,7 @@ from adapters.errors import AdapterError
 from service import __version__
 from service.commands import CommandError, UsageError
 from service.engine.errors import EngineError
-from service.logs import printable
+from service.logs import printable, quiet_libraries
 from service.setting_kinds import BYTES
 from service.settings import (
     API_KEY_VARIABLE,
@@ -38,6 +38,7 @@ _REPORT_A_BUG = f"this is a bug in vblora-serve; set {DEBUG_VARIABLE}=1 for the 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Errors are one line on stderr."""
+    quiet_libraries()
     try:
         args, unknown = _parser().parse_known_args(argv)
         if unknown:

@@ -88,6 +88,12 @@ class JsonFormatter(_Formatter):
         return json.dumps(values, default=str)
 
 
+def quiet_libraries() -> None:
+    """Silences what libraries that are only installed say when others import them: which kernels they do without."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def printable(text: str) -> str:
     """Text with its control characters spelled out: what a client sent can neither end a line nor drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -87,6 +87,12 @@ class Settings:
         "auto",
         "The model's number format. auto: float32 on a CPU, the checkpoint's own on CUDA.",
     )
+    quantization: str = _setting(
+        choice("none", "int8", "nf4"),
+        "none",
+        "How the model's linear layers are held in memory: int8 (8 bits a weight) or nf4 (4 bits). Adapters run beside "
+        "them and cannot be merged.",
+    )
     threads: int = _setting(whole(0), 0, "CPU threads for the model's arithmetic. 0: PyTorch's choice.")
     pack_weights: bool = _setting(
         BOOLEAN, True, "Whether linear weights on a CPU are rearranged at load as oneDNN wants them: faster, as large."

@@ -60,7 +60,8 @@ class ApiSettings:
 class BaseInfo:
     """The base model as responses describe it. `created` is a Unix time; `kv_backend` what the engine chose.
 
-    `eos_token_ids` end a choice unless the request ignores them.
+    `parameters` counts what the weights stand for, `weight_bytes` what they take; `quantization` names how they are
+    stored, None for plainly. `eos_token_ids` end a choice unless the request ignores them.
     """
 
     id: str
@@ -72,6 +73,8 @@ class BaseInfo:
     modules: BaseModules
     created: int
     kv_backend: str | None = None
+    weight_bytes: int = 0
+    quantization: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
 
 

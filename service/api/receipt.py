@@ -112,6 +112,7 @@ class ReceiptWriter:
                 id=base.id,
                 fingerprint=base.fingerprint,
                 dtype=base.dtype,
+                quantization=base.quantization,
                 device=base.device,
                 kv_backend=base.kv_backend,
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection
+from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection, MergeUnsupported
 from adapters.registry import AdapterState
 from adapters.store import SHARED, AdapterRecord
 from service.api.deps import ServerState
@@ -16,15 +16,27 @@ def resolve(state: ServerState, tenant: str, spec: SelectionSpec) -> Selection:
     """The selection that a request asks for, or the tenant's active adapter, or the base model.
 
     Reads the store, and waits for the network where unknown names are looked up: not for the event loop. Raises
-    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, or what the resolver raises
-    for a name that is looked up.
+    AdapterNotFound (never the base model instead), AdapterUnavailable, InvalidSelection, MergeUnsupported, or what the
+    resolver raises for a name that is looked up.
     """
+    if spec.mode is Mode.MERGE:
+        check_mergeable(state)
     if spec.names is None:
         return _active(state, tenant, spec.mode)
     mode = spec.mode or Mode.SWITCH
     if len(spec.names) == 1 and state.settings.means_base(spec.names[0].name):
         return Selection((), mode)
     return Selection(_merged([_find(state, tenant, name) for name in spec.names]), mode)
+
+
+def check_mergeable(state: ServerState) -> None:
+    """Whether selections can be folded into the base at all. Raises MergeUnsupported."""
+    if state.base.quantization is not None:
+        raise MergeUnsupported(
+            f"the base model is quantized ({state.base.quantization}): nothing can be folded into its weights; use "
+            "mode 'switch', which serves one adapter and blends alike",
+            subject="mode",
+        )
 
 
 def _active(state: ServerState, tenant: str, mode: Mode | None) -> Selection:
@@ -37,7 +49,9 @@ def _active(state: ServerState, tenant: str, mode: Mode | None) -> Selection:
         if state.store.active(tenant) == active:
             raise
         return _active(state, tenant, mode)  # it was deleted, and thereby deactivated, between the two reads
-    return Selection((_servable(state, record, record.digest),), mode or Mode(active.mode))
+    if mode is None:  # an activation with merge may be older than the base's quantization
+        mode = Mode.SWITCH if state.base.quantization is not None else Mode(active.mode)
+    return Selection((_servable(state, record, record.digest),), mode)
 
 
 def _find(state: ServerState, tenant: str, wanted: WeightedName) -> SelectedAdapter:

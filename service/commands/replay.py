@@ -34,6 +34,7 @@ from service.engine.base_model import (
     pick_device,
 )
 from service.engine.guide import Grammar, GrammarFailed
+from service.engine.quantization import CHOICES, NONE
 from service.engine.tokenizer import TextTokenizer
 
 
@@ -82,12 +83,13 @@ def run(options: ReplayOptions) -> int:
 
 
 def _load(model: str, receipt: Receipt, device: str) -> Pretrained:
-    """The base model in the receipt's dtype."""
+    """The base model in the receipt's dtype, quantized as it was there."""
     if receipt.base.dtype not in DTYPES:
         raise CommandError(f"the receipt's dtype is {receipt.base.dtype!r}, which is none of {', '.join(DTYPES)}")
+    asked = receipt.base.quantization if receipt.base.quantization in CHOICES else NONE  # else the checkpoint's own
     with working(f"Loading {model}"):
         try:
-            return load_pretrained(model, dtype=receipt.base.dtype, device=pick_device(device))
+            return load_pretrained(model, dtype=receipt.base.dtype, device=pick_device(device), quantization=asked)
         except BaseModelError as error:
             raise CommandError(str(error)) from error
 

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
 from adapters.packed import pack_linear_layers
+from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
+from service.engine.quantization import (
+    NONE,
+    loading_arguments,
+    prepare,
+    quantization_of,
+    stored_tensors,
+    weight_bytes,
+)
 from service.engine.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -39,7 +48,11 @@ class BaseModelError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedBase:
-    """A base model ready to serve adapters. `fingerprint` identifies its weights; `created` is a Unix time."""
+    """A base model ready to serve adapters. `fingerprint` identifies its weights; `created` is a Unix time.
+
+    `quantization` names how its weights are stored, None for plainly; `parameters` counts what they stand for, and
+    `weight_bytes` what they take.
+    """
 
     id: str
     model_type: str
@@ -52,6 +65,8 @@ class LoadedBase:
     vocabulary: int
     eos_token_ids: frozenset[int]
     parameters: int
+    weight_bytes: int
+    quantization: str | None
     fingerprint: str
     created: int
 
@@ -67,6 +82,7 @@ class Pretrained:
     config: Any
     tokenizer: Any
     model: Any
+    quantization: str | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -77,16 +93,18 @@ class Pretrained:
     def eos_token_ids(self) -> frozenset[int]:
         """The generation config's, else the model config's, else the tokenizer's."""
         model = self.model
-        for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, self.tokenizer.eos_token_id):
+        own = (getattr(config, "eos_token_id", None) for config in (model.generation_config, model.config))
+        for ids in (*own, self.tokenizer.eos_token_id):
             if ids is not None:
                 return frozenset(ids if isinstance(ids, list) else [ids])
         return frozenset()
 
 
-def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrained:
+def load_pretrained(model: str, *, dtype: str, device: torch.device, quantization: str = NONE) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
-    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
+    `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA; of a quantized model it is what its activations
+    and the layers that are left as they are have. Raises BaseModelError.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log is no place for one
@@ -94,11 +112,14 @@ def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrain
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
-        loaded = loaded.to(device).eval().requires_grad_(False)
+        quantized = loading_arguments(config, quantization, wanted, device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
+        loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
+        how = quantization_of(loaded, config, quantization)
+        prepare(loaded)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
-    return Pretrained(config, tokenizer, loaded)
+    return Pretrained(config, tokenizer, loaded, how)
 
 
 def load_base(
@@ -106,6 +127,7 @@ def load_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str = NONE,
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
     pack_weights: bool = True,
@@ -115,12 +137,14 @@ def load_base(
     `pack_weights` lays linear weights on a CPU out for oneDNN.
     """
     where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where)
+    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization)
     config, loaded = pretrained.config, pretrained.model
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
+    counted = loaded if pretrained.quantization is None else _without_weights(model)[0]
     modules = modules_of(loaded, config)
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    parameters = sum(parameter.numel() for parameter in counted.parameters())
+    stored_bytes = weight_bytes(loaded)
     if pack_weights:
         pack_linear_layers(loaded)
     name = served_model_name or served_name(model)
@@ -136,6 +160,8 @@ def load_base(
         vocabulary=pretrained.vocabulary,
         eos_token_ids=pretrained.eos_token_ids,
         parameters=parameters,
+        weight_bytes=stored_bytes,
+        quantization=pretrained.quantization,
         fingerprint=fingerprint,
         created=int(time.time()),
     )
@@ -199,9 +225,14 @@ def identify(model: str, served_model_name: str | None, aliases: Iterable[str]) 
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """16 hex digits over every parameter's name, shape, dtype and a sample of its values."""
+    """16 hex digits over every parameter's name, shape, dtype and a sample of its values.
+
+    Of a quantized model, over all that its weights are stored in, scales included; before it runs for the first time,
+    when bitsandbytes may store them otherwise, and rounded.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    quantized = any(holds_quantized(module) for module in model.modules())
+    for name, parameter in stored_tensors(model) if quantized else sorted(model.named_parameters()):
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype};".encode())
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
@@ -210,7 +241,34 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def _context(config: Any) -> int:
+    """The most tokens of a row.
+
+    With LongRoPE, no more than the model was first trained on: beyond, the longest row of a batch decides how the
+    positions of all are turned, and those cached before were turned otherwise.
+    """
     text = config.get_text_config()
+    longest = _longest(text)
+    limit = min([longest, *_lengths_that_change_positions(text)])
+    if limit < longest:
+        log.warning("%s turns positions otherwise beyond %d tokens: that is the context", config.model_type, limit)
+    return limit
+
+
+def _lengths_that_change_positions(config: Any) -> Iterator[int]:
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        given,
+        *(each for each in given.values() if isinstance(each, dict)),
+    ]  # one for all layers, or by their kind
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None)
+            length = kind.get("original_max_position_embeddings") or own
+            if isinstance(length, int) and length > 0:
+                yield length
+
+
+def _longest(text: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
         if isinstance(length := getattr(text, name, None), int) and length > 0:
             return length

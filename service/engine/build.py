@@ -50,12 +50,17 @@ def build_engine(
     """An engine that has not been started. Tests first which key-value backend is right for the model.
 
     Where the device has graphs, or with a `graph_backend`, decode steps are captured, for the adapters registered so
-    far and those like them. Raises BaseModelError for a context longer than the model's, or a model that cannot be
-    served.
+    far and those like them. Raises BaseModelError for a context longer than the model's, for folding into a quantized
+    model, or for a model that cannot be served.
     """
     options = options or EngineOptions()
     if options.max_context > base.context:
         raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
+    if options.auto_merge and base.quantization is not None:
+        raise BaseModelError(
+            f"auto_merge folds adapters into the base model's weights, which are quantized ({base.quantization}): "
+            "leave out one of the two"
+        )
     max_context = options.max_context or base.context
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})

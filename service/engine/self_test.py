@@ -6,6 +6,7 @@ different lengths are run as the engine runs them and compared with plain forwar
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor
 
 from adapters.layers import AdaptedModel
+from adapters.quantized import holds_quantized
 from service.engine.base_model import BaseModelError
 from service.engine.kv.backend import KVBackend
 from service.engine.kv.rows import RowsBackend
 from service.engine.kv.slots import SlotBackend
 from service.engine.model_runner import TransformersRunner
+from service.engine.quantization import mixes_rows, rounds_to
 
 log = logging.getLogger(__name__)
 
 # Rows may differ from the plain forward by this much, relative to the largest token logit.
 _TOLERANCE = 1e-3
+_OF_QUANTIZED = 0.1  # alone: with activations that are rounded too, parts of a text round otherwise than the whole
 _LENGTHS = (5, 12, 3)
 _CHUNK = 4
 
@@ -49,17 +53,16 @@ def choose_runner(
         first = _plain(adapted, device, texts[0])
     expected = [first, *(_plain(adapted, device, text) for text in texts[1:])]
     tolerance = _tolerance(adapted, expected)
-    for make in backends:
+    for make in [] if mixes_rows(adapted.model) else backends:
         runner = TransformersRunner(adapted, device, make())
         if _agrees(runner, texts, expected, tolerance, _as_the_engine_runs_it):
             return runner, True
     name = type(adapted.model).__name__
     runner = TransformersRunner(adapted, device, RowsBackend(device, budget))
+    if any(holds_quantized(module) for module in adapted.model.modules()):
+        tolerance = _OF_QUANTIZED * _largest(expected)
     if not _agrees(runner, texts, expected, tolerance, _one_at_a_time):
-        raise BaseModelError(
-            f"{name} cannot be served: token by token, with its keys and values cached, it answers differently than "
-            "over a whole text"
-        )
+        raise BaseModelError(f"{name} cannot be served: {_why_not(adapted)}")
     log.warning("%s answers differently in batches: running one row at a time", name)
     return runner, False
 
@@ -75,29 +78,57 @@ def replay_agrees(runner: TransformersRunner, adapted: AdaptedModel, device: tor
     return agrees and runner.graphs.replayed == before + 1
 
 
+def _dtype(adapted: AdaptedModel) -> torch.dtype:
+    """What the model computes in: of its first parameter that is no packed integers."""
+    return next(p.dtype for p in adapted.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+
+
+def _why_not(adapted: AdaptedModel) -> str:
+    """Why a model fails even alone."""
+    if "past_key_values" not in inspect.signature(adapted.model.forward).parameters:
+        return "it takes no cache of keys and values (past_key_values)"
+    kinds = {*(getattr(_text_config(adapted), "layer_types", None) or ())}
+    if others := sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind):
+        return f"besides attention over keys and values it has layers of other kinds ({', '.join(others)}), with states"
+    return (
+        "token by token, with its keys and values cached, it answers differently than over a whole text; it may keep "
+        "other states between tokens"
+    )
+
+
 def _text_config(adapted: AdaptedModel) -> Any:
     config: Any = adapted.model.config
     return config.get_text_config()
 
 
-def _dtype(adapted: AdaptedModel) -> torch.dtype:
-    return next(adapted.model.parameters()).dtype
-
-
 def _tolerance(adapted: AdaptedModel, expected: Sequence[Tensor]) -> float:
-    return max(_TOLERANCE, 16 * torch.finfo(_dtype(adapted)).eps) * max(float(e.abs().max()) for e in expected)
+    eps = torch.finfo(rounds_to(adapted.model, _dtype(adapted))).eps
+    return max(_TOLERANCE, 16 * eps) * _largest(expected)
+
+
+def _largest(expected: Sequence[Tensor]) -> float:
+    return max(float(each.abs().max()) for each in expected)
 
 
 def _slides(adapted: AdaptedModel, context: int) -> bool:
     """Whether some layer attends to a part of a text only: a window that no text outgrows is none."""
     config = _text_config(adapted)
     kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"}:
         return True
-    if kinds == {"full_attention"} or (not kinds and window is None):
+    windows = _windows(config)
+    if kinds == {"full_attention"} or (not kinds and not windows):
         return False
-    return window is None or window < context
+    return not windows or min(windows) < context
+
+
+def _windows(config: Any) -> list[int]:
+    """Every length that a config calls a window: `sliding_window` mostly, `window_size` in GPT-Neo's."""
+    windows: list[int] = []
+    for name, value in config.to_dict().items():
+        if name.endswith(("window", "windows", "window_size")) and not name.startswith(("use_", "num_", "n_")):
+            windows += [each for each in (value if isinstance(value, list) else [value]) if type(each) is int]
+    return windows
 
 
 def _texts(vocabulary: int) -> list[list[int]]:

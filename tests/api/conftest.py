@@ -88,6 +88,7 @@ class Server:
             modules=base.modules,
             created=1700000000,
             kv_backend="slot",
+            weight_bytes=49380,
             eos_token_ids=frozenset({EOS_ID}),
         )
         tokenizer = TextTokenizer(byte_tokenizer(), vocabulary=272)

@@ -57,6 +57,7 @@ def test_a_receipt_says_what_decided_the_answer(server: Server, route: str, stre
         "id": BASE,
         "fingerprint": "0123456789abcdef",
         "dtype": "float32",
+        "quantization": None,
         "device": "cpu",
         "kv_backend": "slot",
     }

@@ -27,8 +27,10 @@ from service.api.schemas.adapters import (
     UploadQuery,
 )
 from service.api.schemas.common import error_responses
+from service.api.selection import check_mergeable
 from service.api.sources import fetch_source
 from service.api.uploads import REQUIRED_PARTS, Upload, receive_form
+from service.engine.selection import Mode
 
 router = APIRouter(tags=["adapters"])
 
@@ -72,6 +74,8 @@ async def upload_adapter(
     """
     with state.store.staging() as staged:
         upload = await _receive(request, staged, state)
+        if upload.activate is Mode.MERGE:
+            check_mergeable(state)
         registering = partial(_register, state, tenant, upload, staged, query)
         record = await to_thread.run_sync(registering, limiter=state.registering)
     if upload.activate is not None:

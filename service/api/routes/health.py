@@ -61,6 +61,8 @@ async def versions(state: State) -> Versions:
         model_type=base.model_type,
         fingerprint=base.fingerprint,
         dtype=base.dtype,
+        quantization=base.quantization,
+        weight_bytes=base.weight_bytes,
         device=base.device,
         kv_backend=base.kv_backend,
     )

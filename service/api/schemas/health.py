@@ -10,7 +10,10 @@ class Status(ResponseModel):
 
 
 class Versions(ResponseModel):
-    """`fingerprint` identifies the base model's weights; `kv_backend` is null where the engine has no choice."""
+    """`fingerprint` identifies the base model's weights; `kv_backend` is null where the engine has no choice.
+
+    `quantization` says how its weights are stored, null for plainly in `dtype`; `weight_bytes` what they take.
+    """
 
     version: str
     python: str
@@ -20,5 +23,7 @@ class Versions(ResponseModel):
     model_type: str
     fingerprint: str
     dtype: str
+    quantization: str | None
+    weight_bytes: int
     device: str
     kv_backend: str | None

@@ -30,6 +30,7 @@ class ReceiptBase(ResponseModel):
     id: str
     fingerprint: str
     dtype: str
+    quantization: str | None = None
     device: str
     kv_backend: str | None
 

@@ -49,8 +49,9 @@ class TestPrecedence:
     def test_every_setting_is_the_same_from_every_source(self, setting: Any, config: Path) -> None:
         text = {
             "model": "org/name", "served_model_name": "name", "base_alias": "org/other", "device": "cpu",
-            "dtype": "bfloat16", "threads": "2", "host": "0.0.0.0", "port": "9000", "data_dir": "/data",
-            "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3", "max_batch_size": "4",
+            "dtype": "bfloat16", "quantization": "nf4", "threads": "2", "host": "0.0.0.0", "port": "9000",
+            "data_dir": "/data", "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3",
+            "max_batch_size": "4",
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
             "default_max_tokens": "9", "auto_merge": "true",
             "decode_kernels": "gathered", "decode_memory": "3MiB", "decode_graphs": "13",

@@ -153,6 +153,15 @@ def test_a_window_that_no_text_outgrows_is_none() -> None:
     assert chosen(built(config), context=65) == ("rows", True)
 
 
+@pytest.mark.parametrize(("context", "backend"), [(256, "slot"), (257, "rows")])
+def test_windows_by_another_name(context: int, backend: str) -> None:
+    """GPT-Neo's, which no layer_types tell of: 256 tokens, far beyond the texts of the test."""
+    config = GPTNeoConfig(
+        **{**COMMON, "num_layers": 2}, num_heads=4, window_size=256, attention_types=[[["global", "local"], 1]]
+    )
+    assert chosen(built(config), context) == (backend, True)
+
+
 def test_a_model_that_is_wrong_even_alone_is_refused() -> None:
     def forget_the_past(arguments: dict[str, Any]) -> None:
         if arguments["past_key_values"] is not None and arguments["input_ids"].shape[1] == 1:
