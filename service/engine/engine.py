@@ -23,12 +23,13 @@ from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from service.engine.events import EventSink
+from service.engine.failure import failure
 from service.engine.job import Job, make_job
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SequenceStatus
 from service.engine.threads import compute_with
-from service.engine.worker import Worker, failure
+from service.engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +132,13 @@ class BatchEngine:
             distinct_adapters=len(digests),
             prompt_tokens=self._worker.prompt_tokens,
             completion_tokens=self._worker.completion_tokens,
-            folds=self._worker.folds,
+            folds=self._worker.folding.folds,
             prefix_tokens=self._worker.prefix_tokens,
             prefix_bytes=self._worker.prefix_bytes,
             prefix_evicted_blocks=self._worker.prefix_evicted_blocks,
-            fold_s=self._worker.fold_s,
-            restores=self._worker.restores,
-            restore_s=self._worker.restore_s,
+            fold_s=self._worker.folding.fold_s,
+            restores=self._worker.folding.restores,
+            restore_s=self._worker.folding.restore_s,
             kv_bytes=kv_bytes,
             kv_budget_bytes=kv_budget_bytes,
         )
