@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
+from adapters.heads import check_head
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
 from adapters.reading import AnyLayout
@@ -54,10 +55,15 @@ def check_base_name(named: str | None, base: BaseIdentity) -> str | None:
 
 
 def check_layout(layout: AnyLayout, model: AdaptedModel) -> None:
-    """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError."""
+    """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError.
+
+    On a classifier the head may have labels of its own number.
+    """
     check_binding(layout.config, layout.layers, model.modules)
     for spec in layout.extras:
         _check_extra(spec, model)
+    if model.head is not None:
+        check_head(layout.layers, layout.extras, model.head)
 
 
 def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
@@ -72,6 +78,9 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
             f"the adapter saves {owner!r}; of saved modules, linear layers, embeddings and norms can be served",
             subject=spec.key,
         )
+    head = model.head
+    if head is not None and head.may_have(f"{owner}.{attribute}", tuple(own.shape), spec.shape):
+        return
     if tuple(own.shape) != spec.shape:
         resized = owner.rsplit(".", 1)[-1] in EMBEDDING_NAMES
         what = "the vocabulary was resized in training, which" if resized else "another shape"

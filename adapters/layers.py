@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from adapters.heads import ClassifierHead
 from adapters.low_rank import LowRankBatch
 from adapters.replacements import is_replaceable
 from adapters.targets import BaseModules
@@ -52,9 +53,10 @@ class AdaptedModel:
             model(...)
     """
 
-    def __init__(self, model: nn.Module, modules: BaseModules) -> None:
+    def __init__(self, model: nn.Module, modules: BaseModules, head: ClassifierHead | None = None) -> None:
         self.model = model
         self.modules = modules
+        self.head = head  # of a classifier
         self.batch: LowRankBatch | None = None
         self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
         self.siblings: Mapping[str, Sequence[str]] = {}  # of a linear layer, those that read the same input

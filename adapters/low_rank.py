@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.factors import AdapterFactors, FactorStack, Shelf
-from adapters.replacements import Parameters, RowReplacements, blended
+from adapters.replacements import Parameters, RowReplacements, blended, origin
 
 _SPARSE = 2  # times the ranks in use: a longer run of the stack is gathered instead of computed whole
 
@@ -155,4 +155,5 @@ class LowRankBatch:
 
 def _blended_parameter(module: nn.Module, attribute: str, parts: Sequence[tuple[Parameters, float]]) -> Tensor:
     own: Tensor = getattr(module, attribute)
-    return blended(own, [(parameters[attribute], weight) for parameters, weight in parts if attribute in parameters])
+    values = [(parameters[attribute], weight) for parameters, weight in parts if attribute in parameters]
+    return blended(origin(own, [value for value, _ in values]), values)

@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from adapters.errors import (
     StoreError,
 )
 from adapters.factors import AdapterFactors, LayerFactors
+from adapters.heads import ClassifierHead, parameter_name
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
 from adapters.reading import AnyLayout, as_served, describe, read_adapter, read_adapter_layout
+from adapters.replacements import origin
 from adapters.shared_banks import SharedBanks, bytes_together
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
@@ -130,6 +133,11 @@ class AdapterRegistry:
     def store(self) -> AdapterStore:
         return self._store
 
+    @property
+    def head(self) -> ClassifierHead | None:
+        """The classification head of the base model, if it is a classifier."""
+        return self._model.head
+
     def check_stored(self) -> int:
         """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
@@ -191,7 +199,15 @@ class AdapterRegistry:
 
     def blend(self, members: Sequence[tuple[str, float]]) -> ServedCheckpoint:
         """The weighted sum of versions, by digest, as a new adapter. Raises what `compact` and `weighted_sum` do."""
-        return weighted_sum([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
+        read = [(self.compact(digest), weight) for digest, weight in members]
+        return weighted_sum(read, partial(self._origin, [checkpoint.extras for checkpoint, _ in read]))
+
+    def _origin(self, extras: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor | None:
+        """What a blend of adapters with these extras starts from: the base's own, or zeros for heads of their own."""
+        own = self._model.tensor(name)
+        if own is None or self.head is None or name.rpartition(".")[0] != self.head.output:
+            return own
+        return origin(own, [part for each in extras for key, part in each.items() if parameter_name(key) == name])
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.

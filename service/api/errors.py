@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 STATUS: Mapping[str, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
+    "wrong_task": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "adapter_not_found": 404,

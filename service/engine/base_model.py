@@ -21,6 +21,8 @@ from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
 from adapters.targets import BaseModules
+from service.engine.pooling.base import PooledBase, Unservable, describe, head_of, load_model
+from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class LoadedBase:
     parameters: int
     fingerprint: str
     created: int
+    task: Task = Task.GENERATE
+    pooled: PooledBase | None = None  # of a task that pools
 
     @property
     def modules(self) -> BaseModules:
@@ -61,11 +65,15 @@ class LoadedBase:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pretrained:
-    """A causal LM as transformers loads it, with nothing of ours around it: config, tokenizer, model in eval mode."""
+    """A model as transformers loads it, with nothing of ours around it: config, tokenizer, model in eval mode.
+
+    `untrained` names the parameters that its files lack, which only a task that pools allows.
+    """
 
     config: Any
     tokenizer: Any
     model: Any
+    untrained: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> int:
@@ -82,7 +90,7 @@ class Pretrained:
         return frozenset()
 
 
-def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrained:
+def load_pretrained(model: str, *, dtype: str, device: torch.device, task: Task = Task.GENERATE) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
     `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA. Raises BaseModelError.
@@ -93,11 +101,15 @@ def load_pretrained(model: str, *, dtype: str, device: torch.device) -> Pretrain
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
+        untrained: frozenset[str] = frozenset()
+        if task.pools:
+            loaded, untrained = load_model(task, model, dtype=wanted)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False)
         loaded = loaded.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, Unservable) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
-    return Pretrained(config, tokenizer, loaded)
+    return Pretrained(config, tokenizer, loaded, untrained)
 
 
 def load_base(
@@ -107,11 +119,24 @@ def load_base(
     device: str = "auto",
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
+    task: Task = Task.GENERATE,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
 ) -> LoadedBase:
-    """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError."""
+    """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
+
+    `pooling` and `normalize` overrule what the model's files say of embeddings.
+    """
     where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where)
+    pretrained = load_pretrained(model, dtype=dtype, device=where, task=task)
     config, loaded = pretrained.config, pretrained.model
+    pooled = head = None
+    if task.pools:
+        try:
+            head = head_of(loaded, pretrained.untrained) if task is Task.CLASSIFY else None
+            pooled = describe(task, model, loaded.config, pretrained.tokenizer, loaded, pooling, normalize)
+        except Unservable as error:
+            raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
     modules = modules_of(loaded, config)
@@ -119,17 +144,19 @@ def load_base(
     return LoadedBase(
         id=name,
         model_type=config.model_type,
-        adapted=AdaptedModel(loaded, modules),
+        adapted=AdaptedModel(loaded, modules, head),
         tokenizer=TextTokenizer(pretrained.tokenizer, pretrained.vocabulary),
         identity=identity,
         device=where,
         dtype=loaded.dtype,
-        context=_context(config),
+        context=min(_context(config), (pooled and pooled.context) or sys.maxsize),
         vocabulary=pretrained.vocabulary,
-        eos_token_ids=pretrained.eos_token_ids,
+        eos_token_ids=frozenset() if task.pools else pretrained.eos_token_ids,
         parameters=sum(parameter.numel() for parameter in loaded.parameters()),
         fingerprint=fingerprint,
         created=int(time.time()),
+        task=task,
+        pooled=pooled,
     )
 
 

@@ -11,6 +11,7 @@ from adapters.registry import AdapterRegistry
 from service.engine.auto_merge import AutoMerge
 from service.engine.base_model import BaseModelError, LoadedBase
 from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.pooling.build import build_pooling_engine
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits
 from service.engine.self_test import choose_runner
@@ -35,6 +36,7 @@ class EngineOptions:
     prefill_tokens: int = 512
     prefix_cache: bool = True
     auto_merge: bool = False
+    pooled_tokens: int = 8192
 
 
 def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOptions | None = None) -> BatchEngine:
@@ -46,6 +48,10 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     if options.max_context > base.context:
         raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
     max_context = options.max_context or base.context
+    doors = EngineLimits(max_context, base.vocabulary, options.max_queue, base.task)
+    if base.task.pools:
+        rows = _limits(options, base.vocabulary)
+        return build_pooling_engine(base, registry, rows, doors, tokens=options.pooled_tokens)
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()
@@ -60,7 +66,6 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
         AutoMerge() if options.auto_merge else None,
         FactorStack(base.adapted.siblings),
     )
-    doors = EngineLimits(max_context, base.vocabulary, options.max_queue)
     return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=runner.kv.name if batches else "solo")
 
 

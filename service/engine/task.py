@@ -1,0 +1,26 @@
+"""What a server does with texts. It is started for one task, which decides how its base model is loaded."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    """GENERATE continues texts, token by token; CLASSIFY and EMBED read each text once and answer with numbers."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"
+    EMBED = "embed"
+
+    @property
+    def pools(self) -> bool:
+        """Whether one forward over the text gives the answer, with nothing generated."""
+        return self is not Task.GENERATE
+
+
+class Pooling(StrEnum):
+    """Which of a text's token vectors make its embedding: all on average, the first, or the last."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    LAST = "last"
