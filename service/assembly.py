@@ -110,7 +110,8 @@ def _pooled(base: LoadedBase) -> PooledServing | None:
     if base.pooled is None:
         return None
     encoder = PairTokenizer(base.tokenizer.underlying)
-    return PooledServing(encoder, base.pooled.labels, base.pooled.problem_type, base.pooled.normalize)
+    pooled = base.pooled
+    return PooledServing(encoder, pooled.labels, pooled.problem_type, pooled.normalize, pooled.width)
 
 
 def register_all(registry: AdapterRegistry, settings: Settings) -> None:

@@ -89,12 +89,14 @@ class InputEncoder(Protocol):
 @dataclass(frozen=True, slots=True)
 class PooledServing:
     """What a server has that reads texts once. `labels` and `problem_type` are the base's own, if its config has any;
-    `normalize` says whether embeddings are of length 1."""
+    `normalize` says whether embeddings, of `width` numbers, are of length 1.
+    """
 
     encoder: InputEncoder
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     normalize: bool = True
+    width: int = 0
 
 
 class Tokenizer(Protocol):

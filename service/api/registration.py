@@ -11,7 +11,7 @@ from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, AdapterRecord, digest_of
 from service.api.chat_files import check_chat_files
-from service.api.labels import check_labels
+from service.api.label_files import check_labels
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from service.engine.base_model import LoadedBase, load_base
-from service.engine.build import EngineOptions, build_engine
+from service.engine.build import build_engine
 from service.engine.engine import BatchEngine
 from service.engine.events import Event, FailedEvent, FinishedEvent
 from service.engine.pooling.runner import PooledText
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import READ_ONCE, GenerationRequest
-from service.engine.task import Task
+from service.engine.task import Pooling, Task
 from tests.pooling_factory import (
     CLS,
     POOL_ARCHS,
@@ -35,7 +35,9 @@ from tests.pooling_factory import (
     peft_scores,
     save_pool_model,
     tiny_classifier,
+    tiny_encoder,
     with_labels,
+    word_tokenizer,
 )
 
 TOLERANCE = 2e-5
@@ -90,10 +92,10 @@ class Bench:
 
 
 def make_bench(folder: Path, task: Task = Task.CLASSIFY, **options: Any) -> Bench:
-    base = load_base(str(folder / "base"), device="cpu", task=task)
+    base = load_base(str(folder / "base"), device="cpu", task=task, **options)
     store = AdapterStore(folder / "data")
     registry = AdapterRegistry(store, base.adapted, base.identity, factor_budget=1 << 26, device=base.device)
-    bench = Bench(base, registry, build_engine(base, registry, EngineOptions(**options)))
+    bench = Bench(base, registry, build_engine(base, registry))
     runner = bench.engine._worker._runner  # type: ignore[attr-defined]
     run = runner.run
 
@@ -241,3 +243,47 @@ def test_a_pooler_that_is_saved_counts(tmp_path: Path) -> None:
     bench.engine.stop()
     for (adapter, labels), text, answer in zip([(path, 3), (other, 2)], TEXTS, answers, strict=False):
         torch.testing.assert_close(answer, peft_scores(model, adapter, labels, text), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def embedded(model: PreTrainedModel, path: Path | None, ids: Sequence[int], pooling: str, normalize: bool) -> Tensor:
+    """PEFT's embedding of one text alone, by sentence-transformers' rules."""
+    loaded = model if path is None else peft_loaded(model, path, None)
+    with torch.inference_mode():
+        states: Tensor = loaded(input_ids=torch.tensor([list(ids)])).last_hidden_state[0]
+    vector = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
+    return vector / vector.norm() if normalize else vector
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False), ("last", True)])
+@pytest.mark.parametrize("arch", POOL_ARCHS)
+def test_embeddings_in_one_batch_are_pefts(arch: PoolArch, pooling: str, normalize: bool, tmp_path: Path) -> None:
+    model = tiny_encoder(arch)
+    save_pool_model(model, arch, tmp_path / "base")
+    paths = [make_pool_adapter(model, HeadSpec(None, compact=i % 2 == 0, seed=i), tmp_path / f"a{i}") for i in range(3)]
+    bench = make_bench(tmp_path, Task.EMBED, pooling=Pooling(pooling), normalize=normalize)
+    for i, path in enumerate(paths):
+        bench.register(f"a{i}", path)
+    rows = [({f"a{i % 4}": 1.0} if i % 4 < 3 else {}) for i in range(len(TEXTS))]
+    answers = bench.read([(bench.selection(**weights), text) for weights, text in zip(rows, TEXTS, strict=True)])
+    bench.engine.stop()
+    assert len(bench.batches) == 1
+    for i, (text, answer) in enumerate(zip(TEXTS, answers, strict=True)):
+        expected = embedded(model, paths[i % 4] if i % 4 < 3 else None, text, pooling, normalize)
+        torch.testing.assert_close(answer, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_without_a_padding_token_texts_of_one_length_run_together(tmp_path: Path) -> None:
+    model = tiny_classifier("llama", pad_token_id=None)
+    save_pool_model(model, "llama", tmp_path / "base")
+    tokenizer = word_tokenizer("llama")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = make_pool_adapter(model, HeadSpec(3, seed=1), tmp_path / "a")
+    bench = make_bench(tmp_path)
+    bench.register("a", path)
+    texts = [*TEXTS[:3], TEXTS[0][::-1]]
+    answers = bench.read([(bench.selection(a=1.0), text) for text in texts])
+    bench.engine.stop()
+    assert sorted(bench.batches) == [[3], [5, 5], [11]]
+    for text, answer in zip(texts, answers, strict=True):
+        torch.testing.assert_close(answer, peft_scores(model, path, 3, text), atol=TOLERANCE, rtol=TOLERANCE)

@@ -38,7 +38,8 @@ class PooledBase:
 
     `labels` are its own names of classes, None where its config gives none; `problem_type` its config's. `pooling` and
     `normalize` are what its sentence-transformers files say, or what is usual for the architecture; `context` the most
-    tokens that these files, and its table of positions, allow. `pad` is the token that fills rows up.
+    tokens that these files, and its table of positions, allow. `pad` is the token that fills rows up. An embedding has
+    `width` numbers.
     """
 
     labels: tuple[str, ...] | None = None
@@ -47,6 +48,7 @@ class PooledBase:
     normalize: bool = True
     context: int | None = None
     pad: int | None = None
+    width: int = 0
 
 
 def load_model(task: Task, model: str, *, dtype: Any) -> tuple[Any, frozenset[str]]:
@@ -58,7 +60,7 @@ def load_model(task: Task, model: str, *, dtype: Any) -> tuple[Any, frozenset[st
         model, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
     parameters = dict(loaded.named_parameters())
-    missing = frozenset(info["missing_keys"]) & parameters.keys()
+    missing = frozenset(info["missing_keys"]).intersection(parameters)
     encoder = "" if task is Task.EMBED else f"{loaded.base_model_prefix}."
     if lacking := sorted(name for name in missing if name.startswith(encoder) and "pooler" not in name):
         raise Unservable(f"its files lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
@@ -101,7 +103,7 @@ def describe(
         return PooledBase(_labels(config), config.problem_type, context=context, pad=pad)
     pooling = pooling or _pooling(model) or (Pooling.LAST if _is_causal(loaded) else Pooling.MEAN)
     normalizes = _normalizes(model) if normalize is None else normalize
-    return PooledBase(pooling=pooling, normalize=normalizes, context=context, pad=pad)
+    return PooledBase(pooling=pooling, normalize=normalizes, context=context, pad=pad, width=text.hidden_size)
 
 
 def _take_last_token(text: Any, pad: int | None) -> None:
