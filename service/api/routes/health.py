@@ -63,4 +63,5 @@ async def versions(state: State) -> Versions:
         dtype=base.dtype,
         device=base.device,
         kv_backend=base.kv_backend,
+        task=state.task,
     )

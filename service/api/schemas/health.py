@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from service.api.schemas.common import ResponseModel
 
 
@@ -22,3 +24,4 @@ class Versions(ResponseModel):
     dtype: str
     device: str
     kv_backend: str | None
+    task: str = Field(description="`generate`, `classify` or `embed`")
