@@ -21,7 +21,7 @@ from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
 from adapters.targets import BaseModules
-from service.engine.pooling.base import PooledBase, Unservable, describe, head_of, load_model
+from service.engine.pooling.base import AUTO_CLASSES, PooledBase, Unservable, describe, head_of, load_model
 from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
@@ -165,23 +165,28 @@ def modules_of(model: Any, config: Any) -> BaseModules:
     return BaseModules.of(model, model_type=config.model_type, output_layer=model.get_output_embeddings())
 
 
-def skeleton(model: str) -> BaseModules:
+def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
-    return modules_of(*_without_weights(model))
+    return modules_of(*_without_weights(model, task))
 
 
-def architecture(model: str) -> Architecture:
+def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
-    empty, config = _without_weights(model)
-    return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix)
+    empty, config = _without_weights(model, task)
+    try:
+        head = head_of(empty, frozenset()) if task is Task.CLASSIFY else None
+    except Unservable as error:
+        raise BaseModelError(f"{model!r} is no classifier: {error}") from error
+    return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix, head)
 
 
-def _without_weights(model: str) -> tuple[Any, Any]:
+def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
     """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), config
+            kind = AUTO_CLASSES[task] if task.pools else AutoModelForCausalLM
+            return kind.from_config(config, trust_remote_code=False), config
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
 

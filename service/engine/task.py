@@ -12,6 +12,11 @@ class Task(StrEnum):
     CLASSIFY = "classify"
     EMBED = "embed"
 
+    @classmethod
+    def of_adapter(cls, task_type: str | None) -> Task:
+        """What an adapter was trained for, by its config's `task_type`."""
+        return {"SEQ_CLS": cls.CLASSIFY, "FEATURE_EXTRACTION": cls.EMBED}.get(task_type or "", cls.GENERATE)
+
     @property
     def pools(self) -> bool:
         """Whether one forward over the text gives the answer, with nothing generated."""
