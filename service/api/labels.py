@@ -56,6 +56,10 @@ def classes_of(state: ServerState, selection: Selection) -> Classes:
             param="adapters",
         )
     count = own[0].count if own else head.labels
+    if selection.adapters and count != head.labels and not any(adapter.weight for adapter in selection.adapters):
+        raise ApiError(
+            "invalid_request", "every adapter has the weight 0: nothing is left to classify with", param="adapters"
+        )
     names = {each.names for each in own} - {None} or {serving.labels}
     agreed = names.pop() if len(names) == 1 else None
     types = {each.problem_type for each in own} - {None} or {serving.problem_type}

@@ -62,6 +62,11 @@ class LoadedBase:
     def modules(self) -> BaseModules:
         return self.adapted.modules
 
+    @property
+    def usual_context(self) -> int:
+        """What its files would have texts cut to, which may be less than it can read."""
+        return (self.pooled and self.pooled.usual_context) or self.context
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pretrained:

@@ -47,7 +47,7 @@ def build_engine(base: LoadedBase, registry: AdapterRegistry, options: EngineOpt
     options = options or EngineOptions()
     if options.max_context > base.context:
         raise BaseModelError(f"max_context is {options.max_context} but the model's is {base.context}; lower it")
-    max_context = options.max_context or base.context
+    max_context = options.max_context or min(base.context, base.usual_context)
     doors = EngineLimits(max_context, base.vocabulary, options.max_queue, base.task)
     if base.task.pools:
         rows = _limits(options, base.vocabulary)

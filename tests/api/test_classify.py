@@ -270,6 +270,11 @@ class TestRefusals:
         members = [{"name": "two", "weight": 0.5}, {"name": "three", "weight": 0.5}]
         error_of(server.http.post("/v1/blends", json={"name": "no", "adapters": members}), 400, "invalid_request")
 
+    def test_a_blend_of_nothing(self, server: InProcessServer) -> None:
+        error_of(classify(server, "x", model="three:0"), 400, "invalid_request")
+        (nothing,) = data_of(classify(server, "x", model="two:0"))
+        assert nothing["probs"] == data_of(classify(server, "x", adapter="base"))[0]["probs"]
+
     def test_the_base_without_a_head(self, folder: Path, tmp_path: Path) -> None:
         settings = Settings(model=str(folder / "headless"), data_dir=tmp_path, task="classify")
         with InProcessServer(settings) as server:

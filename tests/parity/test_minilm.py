@@ -108,7 +108,7 @@ def test_the_base_is_sentence_transformers(server: InProcessServer, model: str) 
     torch.testing.assert_close(embed(server, "base", *TEXTS), expected, atol=TOLERANCE, rtol=0)
     near, far = expected[0] @ expected[1], expected[0] @ expected[2]
     assert near > far + 0.3, "the model knows what is alike"
-    assert server.engine.max_context == 256, "what its files allow"
+    assert server.engine.max_context == 256, "what its files would have texts cut to"
 
 
 def test_adapters_at_once_are_pefts(server: InProcessServer, model: str, adapters: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from service.engine.pooling.runner import PooledText
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import READ_ONCE, GenerationRequest
 from service.engine.task import Pooling, Task
+from tests.factories import untouched_rng
 from tests.pooling_factory import (
     CLS,
     POOL_ARCHS,
@@ -287,3 +289,26 @@ def test_without_a_padding_token_texts_of_one_length_run_together(tmp_path: Path
     assert sorted(bench.batches) == [[3], [5, 5], [11]]
     for text, answer in zip(texts, answers, strict=True):
         torch.testing.assert_close(answer, peft_scores(model, path, 3, text), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("arch", ["roberta", "llama"])
+def test_plain_lora_heads_beside_vblora_ones(arch: PoolArch, tmp_path: Path) -> None:
+    model = tiny_classifier(arch)
+    save_pool_model(model, arch, tmp_path / "base")
+    targets = ["query", "value"] if arch == "roberta" else ["q_proj", "v_proj"]
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=targets, r=2, lora_alpha=8, init_lora_weights=False)
+    with untouched_rng():
+        torch.manual_seed(0)
+        lora = get_peft_model(with_labels(model, 4), config).eval()
+    lora.save_pretrained(str(tmp_path / "lora"))
+    path = make_pool_adapter(model, HeadSpec(3, seed=5), tmp_path / "vblora")
+    bench = make_bench(tmp_path)
+    bench.register("lora", tmp_path / "lora")
+    bench.register("vblora", path)
+    rows = [(bench.selection(lora=1.0), TEXTS[0]), (bench.selection(vblora=1.0), TEXTS[1])]
+    answers = bench.read(rows)
+    bench.engine.stop()
+    with torch.inference_mode():
+        expected = lora(input_ids=torch.tensor([TEXTS[0]])).logits[0]
+    torch.testing.assert_close(answers[0], expected, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(answers[1], peft_scores(model, path, 3, TEXTS[1]), atol=TOLERANCE, rtol=TOLERANCE)

@@ -38,8 +38,8 @@ class PooledBase:
 
     `labels` are its own names of classes, None where its config gives none; `problem_type` its config's. `pooling` and
     `normalize` are what its sentence-transformers files say, or what is usual for the architecture; `context` the most
-    tokens that these files, and its table of positions, allow. `pad` is the token that fills rows up. An embedding has
-    `width` numbers.
+    tokens that its table of positions has room for, `usual_context` those that these files would have texts cut to.
+    `pad` is the token that fills rows up. An embedding has `width` numbers.
     """
 
     labels: tuple[str, ...] | None = None
@@ -47,6 +47,7 @@ class PooledBase:
     pooling: Pooling = Pooling.MEAN
     normalize: bool = True
     context: int | None = None
+    usual_context: int | None = None
     pad: int | None = None
     width: int = 0
 
@@ -96,14 +97,20 @@ def describe(
     """What the files beside a base's weights say, where they are not overruled. Raises Unservable."""
     text = config.get_text_config()
     pad = text.pad_token_id if text.pad_token_id is not None else tokenizer.pad_token_id
-    lengths = [length for length in (_positions(loaded), _sentence_length(model, task)) if length is not None]
-    context = min(lengths, default=None)
+    context = _positions(loaded)
     if task is Task.CLASSIFY:
         _take_last_token(text, pad)
         return PooledBase(_labels(config), config.problem_type, context=context, pad=pad)
     pooling = pooling or _pooling(model) or (Pooling.LAST if _is_causal(loaded) else Pooling.MEAN)
     normalizes = _normalizes(model) if normalize is None else normalize
-    return PooledBase(pooling=pooling, normalize=normalizes, context=context, pad=pad, width=text.hidden_size)
+    return PooledBase(
+        pooling=pooling,
+        normalize=normalizes,
+        context=context,
+        usual_context=_sentence_length(model),
+        pad=pad,
+        width=text.hidden_size,
+    )
 
 
 def _take_last_token(text: Any, pad: int | None) -> None:
@@ -159,8 +166,8 @@ def _normalizes(model: str) -> bool:
     return any(isinstance(each, dict) and str(each.get("type")).endswith(".Normalize") for each in modules)
 
 
-def _sentence_length(model: str, task: Task) -> int | None:
-    values = _json(model, "sentence_bert_config.json") if task is Task.EMBED else None
+def _sentence_length(model: str) -> int | None:
+    values = _json(model, "sentence_bert_config.json")
     length = values.get("max_seq_length") if isinstance(values, dict) else None
     return length if isinstance(length, int) and length > 0 else None
 
