@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
-from adapters.heads import check_head
+from adapters.heads import check_head, parameter_name
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
 from adapters.reading import AnyLayout
+from adapters.replacements import origin
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
 
@@ -116,6 +117,17 @@ def replaced_parameters(
         if not torch.equal(values, own):
             replaced.setdefault(owner, {})[attribute] = values
     return replaced
+
+
+def blend_origin(model: AdaptedModel, extras: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
+    """What a blend of adapters with these extras starts from in one parameter: the base's own, None if it has none.
+
+    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that.
+    """
+    own = model.tensor(name)
+    if own is None or model.head is None or name.rpartition(".")[0] != model.head.output:
+        return own
+    return origin(own, [part for each in extras for key, part in each.items() if parameter_name(key) == name])
 
 
 def _own(key: str, model: AdaptedModel) -> Tensor:

@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
+from adapters.binding import (
+    BaseIdentity,
+    blend_origin,
+    check_base_name,
+    check_layout,
+    check_range,
+    replaced_parameters,
+)
 from adapters.blend import weighted_sum
 from adapters.checkpoint import TopKCheckpoint
 from adapters.errors import (
@@ -33,11 +40,10 @@ from adapters.errors import (
     StoreError,
 )
 from adapters.factors import AdapterFactors, LayerFactors
-from adapters.heads import ClassifierHead, parameter_name
+from adapters.heads import ClassifierHead
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
 from adapters.reading import AnyLayout, as_served, describe, read_adapter, read_adapter_layout
-from adapters.replacements import origin
 from adapters.shared_banks import SharedBanks, bytes_together
 from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
 
@@ -200,14 +206,7 @@ class AdapterRegistry:
     def blend(self, members: Sequence[tuple[str, float]]) -> ServedCheckpoint:
         """The weighted sum of versions, by digest, as a new adapter. Raises what `compact` and `weighted_sum` do."""
         read = [(self.compact(digest), weight) for digest, weight in members]
-        return weighted_sum(read, partial(self._origin, [checkpoint.extras for checkpoint, _ in read]))
-
-    def _origin(self, extras: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor | None:
-        """What a blend of adapters with these extras starts from: the base's own, or zeros for heads of their own."""
-        own = self._model.tensor(name)
-        if own is None or self.head is None or name.rpartition(".")[0] != self.head.output:
-            return own
-        return origin(own, [part for each in extras for key, part in each.items() if parameter_name(key) == name])
+        return weighted_sum(read, partial(blend_origin, self._model, [checkpoint.extras for checkpoint, _ in read]))
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from service.commands import CommandError, inspect, merge
+from service.commands import CommandError, blend, inspect, merge
 from service.commands.blend import WeightedDirectory
 from service.commands.merge import MergeOptions
 from tests.pooling_factory import (
@@ -106,3 +106,16 @@ def test_inspect_holds_an_adapter_against_the_base_of_its_task(
     head = 3 * 32 + 3 if labels else 0
     assert found["parameters"]["other_params"] == head
     assert ("base_model.model.classifier.weight" in found["extras"]) is (labels is not None)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_blend_makes_one_adapter_of_heads(labels: int, tmp_path: Path) -> None:
+    """That merges to the same model as its members do."""
+    model = tiny_classifier("bert")
+    base = save_pool_model(model, "bert", tmp_path / "base")
+    members = [(make_pool_adapter(model, HeadSpec(labels, seed=s), tmp_path / f"a{s}"), 0.3 * s) for s in (1, 2)]
+    given = [WeightedDirectory(path, weight) for path, weight in members]
+    assert blend.run(given, output=tmp_path / "blend", model=str(base), as_json=False) == 0
+    one, other = merged(tmp_path / "one", base, (tmp_path / "blend", 1.0)), merged(tmp_path / "other", base, *members)
+    torch.testing.assert_close(scores(one), scores(other), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(one.classifier.weight, other.classifier.weight, atol=1e-6, rtol=0)
