@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 
 from adapters.heads import ClassifierHead
 from service.api.deps import ApiSettings, PooledServing
+from service.api.schemas.embeddings import MAX_DIMENSIONS
 from service.engine.errors import ContextLengthExceeded
 from service.engine.events import EventSink
 from service.engine.pooling.tokenizer import PairTokenizer
@@ -102,7 +103,7 @@ def of_task(path: str) -> dict[str, Any]:
     task = {"/v1/classify": Task.CLASSIFY, "/v1/embeddings": Task.EMBED}.get(path, Task.GENERATE)
     if not task.pools:
         return {}
-    serving = PooledServing(PairTokenizer(byte_tokenizer()), width=2)
+    serving = PooledServing(PairTokenizer(byte_tokenizer()), width=MAX_DIMENSIONS)
     heads = {"registry": CLASSIFIERS} if task is Task.CLASSIFY else {}
     return {"task": task, "pooled": serving, **heads}
 
@@ -120,7 +121,10 @@ def test_every_answer_is_as_described(case: schemathesis.Case, server: Server, a
         for field in {"name", "id", "lora_name"} & named.keys():
             if isinstance(named[field], str) and len(named[field]) % 2:
                 named[field] = ADAPTER
-    APP.state.server = replace(server.state, **of_task(case.path))
+    of_route = of_task(case.path)
+    if of_route and body.get("adapters") == []:
+        del body["adapters"]  # no blend is empty: nearly all would be refused for it
+    APP.state.server = replace(server.state, **of_route)
     response = case.call_and_validate(
         checks=[
             not_a_server_error,

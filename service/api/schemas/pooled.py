@@ -20,6 +20,8 @@ class TextPair(RequestModel):
 
 
 Item = str | TextPair | list[int]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Described = str | TextPair | _TokenIds
 
 
 def _input_of(value: Any) -> Any:
@@ -46,7 +48,8 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
-Inputs = Annotated[list[Item], BeforeValidator(_inputs, json_schema_input_type=Item | list[Item])]
+_DescribedList = Annotated[list[_Described], Field(min_length=1, max_length=MAX_INPUTS)]
+Inputs = Annotated[list[Item], BeforeValidator(_inputs, json_schema_input_type=_Described | _DescribedList)]
 
 
 class PooledFields(SelectionFields):
