@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
+from adapters.heads import check_head, parameter_name
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
 from adapters.quantized import is_quantized
 from adapters.reading import AnyLayout
+from adapters.replacements import origin
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
 
@@ -55,10 +57,15 @@ def check_base_name(named: str | None, base: BaseIdentity) -> str | None:
 
 
 def check_layout(layout: AnyLayout, model: AdaptedModel) -> None:
-    """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError."""
+    """The adapter's layers are the base's, and so are the modules of its extras. Raises CheckpointError.
+
+    On a classifier the head may have labels of its own number.
+    """
     check_binding(layout.config, layout.layers, model.modules)
     for spec in layout.extras:
         _check_extra(spec, model)
+    if model.head is not None:
+        check_head(layout.layers, layout.extras, model.head)
 
 
 def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
@@ -79,6 +86,9 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
             "place; serve the base unquantized",
             subject=spec.key,
         )
+    head = model.head
+    if head is not None and head.may_have(f"{owner}.{attribute}", tuple(own.shape), spec.shape):
+        return
     if tuple(own.shape) != spec.shape:
         resized = owner.rsplit(".", 1)[-1] in EMBEDDING_NAMES
         what = "the vocabulary was resized in training, which" if resized else "another shape"
@@ -114,6 +124,17 @@ def replaced_parameters(
         if not torch.equal(values, own):
             replaced.setdefault(owner, {})[attribute] = values
     return replaced
+
+
+def blend_origin(model: AdaptedModel, extras: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
+    """What a blend of adapters with these extras starts from in one parameter: the base's own, None if it has none.
+
+    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that.
+    """
+    own = model.tensor(name)
+    if own is None or model.head is None or name.rpartition(".")[0] != model.head.output:
+        return own
+    return origin(own, [part for each in extras for key, part in each.items() if parameter_name(key) == name])
 
 
 def _own(key: str, model: AdaptedModel) -> Tensor:

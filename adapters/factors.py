@@ -38,6 +38,11 @@ class AdapterFactors:
     bank: VectorBank | None = None
     selections: TopKCheckpoint | None = None
 
+    def head_alone(self, output: str) -> AdapterFactors:
+        """What is left to run beside the weights when it is folded in: its own layer of that name, if it has one."""
+        own = {name: parameters for name, parameters in self.replaced.items() if name == output}
+        return AdapterFactors(self.digest, {}, own)
+
     @property
     def rank(self) -> int:
         """The ranks that it needs in a stack: as many as its largest layer has."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from adapters.heads import ClassifierHead
 from adapters.packed import own_value
 from adapters.replacements import RowReplacements, is_replaceable
 from adapters.targets import BaseModules
@@ -69,9 +70,10 @@ class AdaptedModel:
             model(...)
     """
 
-    def __init__(self, model: nn.Module, modules: BaseModules) -> None:
+    def __init__(self, model: nn.Module, modules: BaseModules, head: ClassifierHead | None = None) -> None:
         self.model = model
         self.modules = modules
+        self.head = head  # of a classifier
         self.batch: Batch | None = None
         self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
         self.moved: set[str] = set()  # modules with a parameter in another place than at load: a Merger's doing

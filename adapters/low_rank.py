@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adapters.factors import AdapterFactors, FactorStack, Shelf
 from adapters.packed import own_value
 from adapters.products import products_for
-from adapters.replacements import Parameters, RowReplacements, blended
+from adapters.replacements import Parameters, RowReplacements, blended, origin
 
 _SPARSE = 2  # times the ranks in use: a longer run of the stack is gathered instead of computed whole
 
@@ -146,4 +146,5 @@ class LowRankBatch:
 
 def _blended_parameter(module: nn.Module, attribute: str, parts: Sequence[tuple[Parameters, float]]) -> Tensor:
     own = own_value(module, attribute)
-    return blended(own, [(parameters[attribute], weight) for parameters, weight in parts if attribute in parameters])
+    values = [(parameters[attribute], weight) for parameters, weight in parts if attribute in parameters]
+    return blended(origin(own, [value for value, _ in values]), values)

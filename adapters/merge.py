@@ -56,13 +56,15 @@ class Merger:
     def fold(self, selection: Sequence[tuple[AdapterFactors, float]]) -> None:
         """Replaces every parameter that `selection` changes: weights by `W + Σ weight · delta`, and those it replaces.
 
+        All but the last layer of a classification head, which may have another shape: see `AdapterFactors.head_alone`.
         Whatever was folded before is restored first. Raises, with the pristine parameters in place,
         MergeUnsupported when a layer is quantized and InvalidSelection when a folded weight overflows its dtype.
         """
         self.restore()
         try:
             for place in changed_places(selection):
-                self._fold_parameter(place, selection)
+                if not self._stays_beside(place):
+                    self._fold_parameter(place, selection)
         except BaseException:
             self.restore()
             raise
@@ -97,6 +99,10 @@ class Merger:
             layer._parameters[attribute] = parameter  # type: ignore[assignment]
         self._folded.clear()
         self._model.moved.clear()
+
+    def _stays_beside(self, place: Place) -> bool:
+        """Whether rows keep running this with parameters of their own: a head with labels of its own has no place."""
+        return self._model.head is not None and place[0] == self._model.head.output
 
     @torch.inference_mode()
     def _fold_parameter(self, place: Place, selection: Sequence[tuple[AdapterFactors, float]]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from adapters.binding import check_layout, replaced_parameters
 from adapters.errors import InvalidSelection
 from adapters.factors import AdapterFactors, LayerFactors
+from adapters.heads import ClassifierHead
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
 from adapters.merge import FoldReport, Place, changed_places, replacing, stacked
-from adapters.replacements import blended
+from adapters.replacements import blended, origin
 from adapters.safetensors_header import TensorSpec
 from adapters.sharded import ShardedWeights, spec_bytes, write_shards
 from adapters.targets import BaseModules, is_conv1d
@@ -46,13 +47,15 @@ class Architecture:
     shared: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, model: nn.Module, modules: BaseModules, prefix: str) -> Architecture:
-        """Wraps the leaves of `model`, which may be on the meta device."""
+    def of(
+        cls, model: nn.Module, modules: BaseModules, prefix: str, head: ClassifierHead | None = None
+    ) -> Architecture:
+        """Wraps the leaves of `model`, which may be on the meta device. `head` is a classifier's."""
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         shared = {name: tuple(group) for group in names.values() for name in group}
-        return cls(AdaptedModel(model, modules), prefix, shared)
+        return cls(AdaptedModel(model, modules, head), prefix, shared)
 
     def name_of(self, key: str) -> str:
         """What the model calls the tensor that a checkpoint calls `key`; `key` itself if it has none of the kind."""
@@ -63,7 +66,8 @@ class Architecture:
 class MergedModel:
     """A base model's files, to be written again with a selection folded in.
 
-    `dtype` None keeps each tensor's own. Every tensor is called what the model calls it.
+    `dtype` None keeps each tensor's own. Every tensor is called what the model calls it. Of a classifier, the head is
+    the adapters' own where the files have none, or one for other labels; tensors that it has no use for are left out.
     """
 
     def __init__(self, weights: ShardedWeights, architecture: Architecture, dtype: torch.dtype | None = None) -> None:
@@ -71,6 +75,15 @@ class MergedModel:
         self._architecture = architecture
         self._dtype = dtype
         self._keys = {architecture.name_of(key): key for key in weights.specs}
+        if (head := architecture.model.head) is not None:
+            self._keys = {name: key for name, key in self._keys.items() if name in architecture.shared}
+            lacking = frozenset(name for name in architecture.shared if self._source(name) is None)
+            architecture.model.head = replace(head, untrained=lacking)
+
+    @property
+    def head(self) -> ClassifierHead | None:
+        """The head of a classifier, and what of it the files lack."""
+        return self._architecture.model.head
 
     def factors(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         """An adapter as it is folded. Raises CheckpointError if it does not bind to this base."""
@@ -98,12 +111,17 @@ class MergedModel:
         is quantized, that the files do not hold, that is still shared, or that overflows.
         """
         places = {f"{name}.{attribute}": (name, attribute) for name, attribute in changed_places(selection)}
-        outputs = self._outputs(untied)
+        brought = self._brought(selection)
+        places = {name: place for name, place in places.items() if name not in brought}
+        outputs = {name: key for name, key in self._outputs(untied).items() if name not in brought}
         self._check(places, outputs, untied or self._architecture)
         worst = FoldReport(0.0, None)
 
         def produce(spec: TensorSpec) -> Tensor:
             nonlocal worst
+            if spec.key in brought:
+                advance(spec_bytes(spec))
+                return brought[spec.key]
             own = self._weights.read(outputs[spec.key])
             dtype = MERGED_DTYPES.get(spec.dtype, own.dtype)
             if spec.key in places:
@@ -114,6 +132,7 @@ class MergedModel:
             return own.to(dtype)
 
         specs = [self._spec(name, key) for name, key in outputs.items()]
+        specs += [TensorSpec(name, _NAMES[value.dtype], tuple(value.shape)) for name, value in brought.items()]
         files = write_shards(directory, specs, produce, shard_bytes)
         return MergeReport(worst, tuple(path.name for path in files), sum(map(spec_bytes, specs)), _main_dtype(specs))
 
@@ -129,8 +148,31 @@ class MergedModel:
         """The key under which the files hold a parameter, perhaps by another of its names."""
         return next((self._keys[each] for each in (name, *self._shared(name)) if each in self._keys), None)
 
+    def _brought(self, selection: Folding) -> dict[str, Tensor]:
+        """What is the adapters' alone, whole in memory: of a head that the files lack, or that has other labels.
+
+        Raises InvalidSelection for heads that differ in their labels, and where their sum overflows.
+        """
+        if self.head is None:
+            return {}
+        brought = {}
+        for name in sorted(self.head.untrained | {f"{self.head.output}.{each}" for each in self.head.parameters}):
+            owner, _, attribute = name.rpartition(".")
+            own, parts = self._tensor(name), replacing(selection, (owner, attribute))
+            start = origin(own, [part for part, _ in parts])
+            if name not in self.head.untrained and start is own:
+                continue
+            brought[name] = blended(start.float(), [(p.float(), weight) for p, weight in parts]).to(own.dtype)
+            if not bool(brought[name].isfinite().all()):
+                raise InvalidSelection(f"the selection overflows {own.dtype} in {name!r}; choose smaller weights")
+        return brought
+
     def _tensor(self, name: str) -> Tensor:
         key = self._source(name)
+        if key is None and self.head is not None and name in self.head.untrained:
+            like = self._architecture.model.tensor(name)
+            assert like is not None, "the head is the model's"
+            return torch.zeros(like.shape, dtype=self._dtype or MERGED_DTYPES.get(_main(self._weights.specs.values())))
         if key is None:
             raise _not_held(name)
         own = self._weights.read(key)
@@ -228,12 +270,18 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _main_dtype(specs: Sequence[TensorSpec]) -> str:
+def _main_dtype(specs: Iterable[TensorSpec]) -> str:
+    name = _main(specs)
+    return str(MERGED_DTYPES.get(name, name)).removeprefix("torch.")
+
+
+def _main(specs: Iterable[TensorSpec]) -> str:
+    """What most of the tensors are in, as safetensors calls it."""
     sizes: Counter[str] = Counter()
     for spec in specs:
         sizes[spec.dtype] += spec_bytes(spec)
     (name, _), *_ = sizes.most_common()
-    return str(MERGED_DTYPES.get(name, name)).removeprefix("torch.")
+    return name
 
 
 def _not_held(parameter: str) -> InvalidSelection:

@@ -14,12 +14,20 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters.binding import BaseIdentity, check_base_name, check_layout, check_range, replaced_parameters
+from adapters.binding import (
+    BaseIdentity,
+    blend_origin,
+    check_base_name,
+    check_layout,
+    check_range,
+    replaced_parameters,
+)
 from adapters.blend import weighted_sum
 from adapters.checkpoint import TopKCheckpoint
 from adapters.errors import (
@@ -32,6 +40,7 @@ from adapters.errors import (
     StoreError,
 )
 from adapters.factors import AdapterFactors, LayerFactors
+from adapters.heads import ClassifierHead
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
 from adapters.reading import AnyLayout, as_served, describe, read_adapter, read_adapter_layout
@@ -135,6 +144,11 @@ class AdapterRegistry:
         """The layouts of adapters seen so far, each once; of many, the last."""
         return list(self._fitting)
 
+    @property
+    def head(self) -> ClassifierHead | None:
+        """The classification head of the base model, if it is a classifier."""
+        return self._model.head
+
     def check_stored(self) -> int:
         """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
@@ -196,7 +210,8 @@ class AdapterRegistry:
 
     def blend(self, members: Sequence[tuple[str, float]]) -> ServedCheckpoint:
         """The weighted sum of versions, by digest, as a new adapter. Raises what `compact` and `weighted_sum` do."""
-        return weighted_sum([(self.compact(digest), weight) for digest, weight in members], self._model.tensor)
+        read = [(self.compact(digest), weight) for digest, weight in members]
+        return weighted_sum(read, partial(blend_origin, self._model, [checkpoint.extras for checkpoint, _ in read]))
 
     def pin(self, digest: str) -> AdapterFactors:
         """The factors of one version, in memory until `unpin`. Loads and composes them if need be.

@@ -1,7 +1,8 @@
 """Trained biases and saved modules, per row: parameters of the base that an adapter brings its own values for.
 
 A row that runs one adapter gets its values; a blend gets `W0 + Σ w_j (W_j − W0)`. Rows that use the same values of a
-module run it together, with those values in place of the base's.
+module run it together, with those values in place of the base's. A classifier's heads may differ in their number of
+labels: there W0 is the base's where it has as many, else 0, and rows that have fewer than others are filled with NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+
+from adapters.errors import InvalidSelection
 
 Parameters = Mapping[str, Tensor]  # a module's parameters by attribute ("weight", "bias")
 
@@ -45,7 +49,9 @@ class RowReplacements:
         output: Tensor = module(by_row)
         for rows, parameters in self._groups:
             index = torch.tensor(rows, device=x.device)
-            output[index] = functional_call(module, dict(parameters), (by_row[index],))
+            part: Tensor = functional_call(module, dict(parameters), (by_row[index],))
+            output = _widened(output, part.shape[-1])
+            output[index] = _widened(part, output.shape[-1])
         return output.flatten(0, 1) if by_row.dim() > x.dim() else output
 
     def _by_row(self, x: Tensor) -> Tensor:
@@ -55,6 +61,26 @@ class RowReplacements:
             return x.expand(self._rows, *x.shape[1:])  # positions, given once for all rows
         assert x.shape[0] % self._rows == 0, f"a module received {tuple(x.shape)} for a batch of {self._rows} rows"
         return x.reshape(self._rows, x.shape[0] // self._rows, *x.shape[1:])
+
+
+def _widened(output: Tensor, width: int) -> Tensor:
+    """At least so wide. What is filled in is no row's own: NaN shows whoever reads it."""
+    missing = width - output.shape[-1]
+    return output if missing <= 0 else F.pad(output, (0, missing), value=torch.nan)
+
+
+def origin(own: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """What a blend of these starts from: the base's own, or zeros for heads with labels of another number.
+
+    Raises InvalidSelection if they differ among themselves.
+    """
+    shapes = {part.shape for part in parts}
+    if len(shapes) > 1:
+        raise InvalidSelection(
+            "the adapters' classification heads have different numbers of labels: they cannot be blended",
+            subject="adapters",
+        )
+    return own if not shapes or own.shape in shapes else torch.zeros_like(parts[0])
 
 
 def blended(own: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:

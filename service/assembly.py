@@ -16,7 +16,7 @@ from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import SHARED, AdapterStore
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
-from service.api.deps import ApiSettings, BaseInfo, ServerState
+from service.api.deps import ApiSettings, BaseInfo, PooledServing, ServerState
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern, HubTemplate
@@ -27,7 +27,9 @@ from service.api.sources import fetch_own_source
 from service.engine.base_model import LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
 from service.engine.graphs.setup import GraphOptions
+from service.engine.pooling.tokenizer import PairTokenizer
 from service.engine.seam import Engine
+from service.engine.task import Pooling, Task
 from service.engine.threads import compute_with, in_own_thread
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
@@ -58,6 +60,7 @@ def build_server(settings: Settings) -> Server:
     Raises SettingsError, BaseModelError, or StoreError when another server owns the data directory.
     """
     assert settings.model is not None
+    _check_task(settings)
     keys = KeyRing(load_keys(settings.api_key_file) if settings.api_key_file else ())
     threads = settings.threads or torch.get_num_threads()
     compute_with(1)
@@ -86,11 +89,30 @@ def build_server(settings: Settings) -> Server:
             metrics=PrometheusMetrics(engine, registry, store),
             guidance=Guidance(base.tokenizer.underlying, base.vocabulary, base.eos_token_ids),
             resolver=_resolver(registry, settings),
+            task=base.task,
+            pooled=_pooled(base),
         )
         if watcher is not None:
             watcher.start()
             opened.callback(watcher.stop)
         return Server(state, opened.pop_all())
+
+
+def _check_task(settings: Settings) -> None:
+    """Raises SettingsError for settings that mean nothing to the task."""
+    task = Task(settings.task)
+    if task is not Task.EMBED and (settings.pooling is not None or settings.normalize is not None):
+        raise SettingsError(f"pooling and normalize are for --task embed, not {task}")
+    if task.pools and settings.auto_merge:
+        raise SettingsError(f"auto_merge is for --task generate, not {task}: activate with mode merge instead")
+
+
+def _pooled(base: LoadedBase) -> PooledServing | None:
+    if base.pooled is None:
+        return None
+    encoder = PairTokenizer(base.tokenizer.underlying)
+    pooled = base.pooled
+    return PooledServing(encoder, pooled.labels, pooled.problem_type, pooled.normalize, pooled.width)
 
 
 def register_all(registry: AdapterRegistry, settings: Settings) -> None:
@@ -156,6 +178,9 @@ def _load_base(settings: Settings) -> LoadedBase:
         served_model_name=settings.served_model_name,
         aliases=settings.base_alias,
         pack_weights=settings.pack_weights,
+        task=Task(settings.task),
+        pooling=None if settings.pooling is None else Pooling(settings.pooling),
+        normalize=settings.normalize,
     )
     facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
     facts |= {"quantization": base.quantization or "none", "weight_bytes": base.weight_bytes}
@@ -165,6 +190,7 @@ def _load_base(settings: Settings) -> LoadedBase:
 
 def _engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(
+        pooled_tokens=settings.pooled_tokens,
         max_batch_size=settings.max_batch_size,
         max_queue=settings.max_queue,
         max_context=settings.max_context,

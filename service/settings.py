@@ -75,6 +75,11 @@ class Settings:
     """Every setting of the server, parsed. Sizes are in bytes, times in seconds."""
 
     model: str | None = _setting(TEXT, None, "The base model: a Hugging Face directory or Hub id. `serve` needs it.")
+    task: str = _setting(
+        choice("generate", "classify", "embed"),
+        "generate",
+        "What the server does: generate text, classify texts (/v1/classify), or embed them (/v1/embeddings).",
+    )
     served_model_name: str | None = _setting(
         TEXT, None, "What the API calls the base model.", shown="its Hub id, or the last part of its path"
     )
@@ -122,6 +127,21 @@ class Settings:
         whole(1), 1024, "Most tokens of a chat's answer when the request names no limit; the context may allow fewer."
     )
     prefill_tokens: int = _setting(whole(1), 512, "Prompt tokens run in one step: prompts must not stall decoding.")
+    pooled_tokens: int = _setting(
+        whole(1), 8192, "With --task classify or embed: most tokens of one forward, padding included."
+    )
+    pooling: str | None = _setting(
+        choice("mean", "cls", "last"),
+        None,
+        "With --task embed: which of a text's token vectors make its embedding.",
+        shown="as the model's 1_Pooling/config.json says, else mean for encoders and last for decoders",
+    )
+    normalize: bool | None = _setting(
+        BOOLEAN,
+        None,
+        "With --task embed: whether embeddings are scaled to length 1.",
+        shown="as the model's modules.json says, else true",
+    )
     prefix_cache: bool = _setting(BOOLEAN, True, "Whether keys and values of prompts that began alike are reused.")
     auto_merge: bool = _setting(
         BOOLEAN, False, "Fold a selection into the base unasked, when all work is its alone for long enough to pay."

@@ -42,7 +42,7 @@ class FakeEngine:
 
     Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
     `submit`, `full` by `check_room`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it
-    is set, and with `hold_after` it closes by itself after so many steps.
+    is set, and with `hold_after` it closes by itself after so many steps. What a text is read as is `pooled`.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class FakeEngine:
         self.fold_error: Exception | None = None
         self.fold_never_comes = False
         self.script: str | None = None
+        self.pooled = (0.5, -0.25)
         self.hold_after: int | None = None
         self.gate = threading.Event()
         self.gate.set()
@@ -99,7 +100,16 @@ class FakeEngine:
         self.state = EngineState.STOPPED
 
     def _run(self, request: GenerationRequest, sink: EventSink) -> None:
-        sink(self._generate(request, sink))
+        sink(self._read(request, sink) if request.task.pools else self._generate(request, sink))
+
+    def _read(self, request: GenerationRequest, sink: EventSink) -> Event:
+        """What a text is read as: `pooled`, whatever it is."""
+        self.gate.wait(timeout=30)
+        if self.failure is not None:
+            return FailedEvent(request.request_id, self.failure.code, self.failure.message)
+        sink(TokenEvent(request.request_id, 0, (), "", finish_reason=FinishReason.STOP))
+        usage, timing = Usage(len(request.prompt_ids), 0), Timing(0.1, 0.2, 0.3)
+        return FinishedEvent(request.request_id, usage, timing, request.selection.mode, self.pooled)
 
     def _generate(self, request: GenerationRequest, sink: EventSink) -> Event:
         """Delivers the tokens; returns the terminal event."""

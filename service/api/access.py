@@ -24,6 +24,7 @@ class Access(Enum):
 _PUBLIC = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
 _PUBLIC_PREFIXES = ("/docs/", "/static/")
 _GENERATING = frozenset({"/v1/generate", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
+_READING = frozenset({"/v1/classify", "/v1/embeddings"})
 _CHANGING = frozenset({"/v1/adapters", "/v1/blends", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 _CHANGING_PREFIX = "/v1/adapters/"
 _LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -33,7 +34,7 @@ def access_to(method: str, path: str, *, metrics_public: bool) -> Access:
     """By method and path, known route or not: what is not known here asks for a key."""
     if path in _PUBLIC or path.startswith(_PUBLIC_PREFIXES) or (path == "/metrics" and metrics_public):
         return Access.PUBLIC
-    if path in _GENERATING:
+    if path in _GENERATING or path in _READING:
         return Access.INFER
     if method not in _LOOKING and (path in _CHANGING or path.startswith(_CHANGING_PREFIX)):
         return Access.ADMIN

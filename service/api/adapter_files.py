@@ -1,4 +1,4 @@
-"""The files that an adapter is stored as, whichever way it comes in: two that it needs, and two that it may bring.
+"""The files that an adapter is stored as, whichever way it comes in: two that it needs, and those that it may bring.
 
 Nothing else is ever taken from an upload, a directory or the Hub. No torch here: the command line sends these too.
 """
@@ -15,9 +15,10 @@ from adapters.safetensors_header import WEIGHTS_FILE
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+LABELS_FILE = "labels.json"
 
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-OPTIONAL_FILES = (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
+OPTIONAL_FILES = (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, LABELS_FILE)
 ADAPTER_FILES = (*REQUIRED_FILES, *OPTIONAL_FILES)
 
 MAX_OPTIONAL_BYTES = 1 << 20
@@ -28,6 +29,7 @@ FILE_PARTS: Mapping[str, str] = {
     "weights": WEIGHTS_FILE,
     "tokenizer_config": TOKENIZER_CONFIG_FILE,
     "chat_template": CHAT_TEMPLATE_FILE,
+    "labels": LABELS_FILE,
 }
 
 # The most bytes of each, where the adapter's total alone does not bound it.
@@ -35,6 +37,7 @@ MOST_BYTES: Mapping[str, int] = {
     CONFIG_FILE: MAX_CONFIG_BYTES,
     TOKENIZER_CONFIG_FILE: MAX_OPTIONAL_BYTES,
     CHAT_TEMPLATE_FILE: MAX_OPTIONAL_BYTES,
+    LABELS_FILE: MAX_OPTIONAL_BYTES,
 }
 
 

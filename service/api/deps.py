@@ -17,9 +17,12 @@ from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern
 from service.api.keys import KeyRing, key_of
 from service.api.resolver import AdapterResolver
+from service.engine.errors import WrongTask
 from service.engine.events import Usage
+from service.engine.pooling.tokenizer import EncodedInput
 from service.engine.seam import Engine
 from service.engine.selection import BASE, Selection
+from service.engine.task import Task
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
 _FETCHES_AT_ONCE = 8  # each may wait long for a network: not in the threads that all requests share
@@ -76,6 +79,27 @@ class BaseInfo:
     weight_bytes: int = 0
     quantization: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
+
+
+class InputEncoder(Protocol):
+    """Texts as a task that pools reads them. May be called from any thread."""
+
+    def encode(self, text: str, pair: str | None = None, *, limit: int | None = None) -> EncodedInput:
+        """Token ids, special ones included, at most `limit`. Raises ValueError for a limit that holds no text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PooledServing:
+    """What a server has that reads texts once. `labels` and `problem_type` are the base's own, if its config has any;
+    `normalize` says whether embeddings, of `width` numbers, are of length 1.
+    """
+
+    encoder: InputEncoder
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    normalize: bool = True
+    width: int = 0
 
 
 class Tokenizer(Protocol):
@@ -176,7 +200,7 @@ class ServerState:
     """Everything that a request may need.
 
     `registering` bounds how many uploads are checked at once, `fetching` how many sources are read for requests.
-    `resolver` looks unknown names up, if the server is to.
+    `resolver` looks unknown names up, if the server is to. `pooled` is there if the server's `task` pools.
     """
 
     settings: ApiSettings
@@ -188,6 +212,8 @@ class ServerState:
     metrics: Metrics
     guidance: Guidance
     resolver: AdapterResolver | None = None
+    task: Task = Task.GENERATE
+    pooled: PooledServing | None = None
     keys: KeyRing = field(default_factory=KeyRing)
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
     fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
@@ -204,6 +230,16 @@ async def check_room(state: Annotated[ServerState, Depends(server_state)]) -> No
     state.engine.check_room()
 
 
+def serves(task: Task) -> Any:
+    """A dependency of routes that a server of another task refuses, before anything else."""
+
+    async def check(state: Annotated[ServerState, Depends(server_state)]) -> None:
+        if state.task is not task:
+            raise WrongTask(task, state.task)
+
+    return Depends(check)
+
+
 async def tenant_of(request: Request) -> str:
     """Whose adapters the request sees and changes: its key's tenant, the shared one without keys."""
     key = key_of(request.scope)
@@ -213,3 +249,4 @@ async def tenant_of(request: Request) -> str:
 State = Annotated[ServerState, Depends(server_state)]
 Tenant = Annotated[str, Depends(tenant_of)]
 HAS_ROOM = Depends(check_room)
+GENERATES = serves(Task.GENERATE)

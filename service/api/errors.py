@@ -30,6 +30,7 @@ STATUS: Mapping[str, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
     "merge_unsupported": 400,
+    "wrong_task": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "adapter_not_found": 404,

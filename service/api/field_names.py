@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.api.errors import ApiError
-from service.engine.errors import ContextLengthExceeded, EngineError
+from service.engine.errors import ContextLengthExceeded, EngineError, TooManyChoices
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +14,15 @@ class FieldNames:
 
     prompt: str = "prompt"
     max_new_tokens: str = "max_new_tokens"
+    choices: str = "choices, its prompts times n,"
+    n: str = "n"
 
     def in_clients_words(self, error: EngineError) -> EngineError | ApiError:
         """The refusal, naming the client's fields."""
         if isinstance(error, ContextLengthExceeded):
             return ApiError(error.code, error.describe(self.prompt, self.max_new_tokens), param=self.prompt)
+        if isinstance(error, TooManyChoices):
+            return ApiError(error.code, error.describe(self.choices), param=self.n)
         if error.param == "prompt":
             return ApiError(error.code, error.message, param=self.prompt)
         return error

@@ -11,6 +11,7 @@ from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, AdapterRecord, digest_of
 from service.api.chat_files import check_chat_files
+from service.api.label_files import check_labels
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,10 @@ def register(
 
     `provenance` is kept with the record.
 
-    Raises what AdapterRegistry.register does, and BadConfig for files of the chat that cannot be used.
+    Raises what AdapterRegistry.register does, and BadConfig for labels and files of the chat that cannot be used.
     """
     check_chat_files(staged)
+    check_labels(staged, registry.head)
     record = registry.register(
         tenant,
         name,

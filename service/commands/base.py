@@ -24,14 +24,15 @@ class BaseSkeleton:
         return next((name for name in self.identity.names if "/" in name), None)
 
 
-def read_base(model: str) -> BaseSkeleton:
-    """Reads the config of a base model. Raises CommandError."""
+def read_base(model: str, task_type: str | None = None) -> BaseSkeleton:
+    """Reads the config of a base model, as adapters of a PEFT `task_type` see it. Raises CommandError."""
     check_model(model)
     with working(f"Reading the config of {model}"):
         from service.engine.base_model import BaseModelError, identify, skeleton  # transformers: seconds to import
+        from service.engine.task import Task
 
         try:
-            return BaseSkeleton(skeleton(model), identify(model, None, ()))
+            return BaseSkeleton(skeleton(model, Task.of_adapter(task_type)), identify(model, None, ()))
         except BaseModelError as error:
             raise CommandError(str(error)) from error
 

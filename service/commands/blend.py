@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from adapters.binding import blend_origin
 from adapters.blend import weighted_sum
 from adapters.export import write_adapter
 from adapters.lora import ServedCheckpoint
@@ -44,7 +46,8 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
             read.append((_compact(member.directory), member.weight))
     needs_base = any(checkpoint.extras for checkpoint, _ in read) and model is not None
     with working("Blending"):
-        blended = weighted_sum(read, _base(model) if needs_base and model is not None else None)
+        base = _base(model, [checkpoint for checkpoint, _ in read]) if needs_base and model is not None else None
+        blended = weighted_sum(read, base)
     parts = [
         {"name": member.directory.resolve().name, "digest": _digest(member.directory), "weight": member.weight}
         for member in members
@@ -79,12 +82,16 @@ def _digest(directory: Path) -> str:
     return digest_of_files({name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()})
 
 
-def _base(model: str) -> BaseTensor:
+def _base(model: str, members: Sequence[ServedCheckpoint]) -> BaseTensor:
+    """The base's parameters, as the task of the adapters has them."""
     check_model(model)
     with working(f"Loading {model}"):
         from service.engine.base_model import BaseModelError, load_base  # transformers: seconds to import
+        from service.engine.task import Task
 
+        task = Task.of_adapter(members[0].config.task_type)
         try:
-            return load_base(model, dtype="float32", device="cpu").adapted.tensor
+            base = load_base(model, dtype="float32", device="cpu", task=task).adapted
+            return partial(blend_origin, base, [checkpoint.extras for checkpoint in members])
         except BaseModelError as error:
             raise CommandError(str(error)) from error

@@ -72,7 +72,7 @@ def inspect(directory: Path, model: str | None) -> Inspection:
         checkpoint = read_adapter(directory)
     warnings = [EXTRAS_WARNING] if checkpoint.extras else []
     if model is not None:
-        base = read_base(model)
+        base = read_base(model, checkpoint.config.task_type)
         warnings += filter(None, [check_base_name(checkpoint.config.base_model_name_or_path, base.identity)])
         check_binding(checkpoint.config, checkpoint.layout.layers, base.modules)
     return Inspection(directory, checkpoint, model, tuple(warnings))

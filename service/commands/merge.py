@@ -21,6 +21,7 @@ from service.api.adapter_files import ADAPTER_FILES
 from service.api.chat_files import chat_template_of
 from service.commands import CommandError
 from service.commands.blend import WeightedDirectory
+from service.commands.merged_classes import classes_config
 from service.commands.model_files import (
     CHAT_TEMPLATE_FILE,
     carry_files,
@@ -30,6 +31,7 @@ from service.commands.model_files import (
 )
 from service.commands.output import complain, progress, say, show_facts, show_json, working
 from service.engine.base_model import DTYPES, BaseModelError, architecture, identify
+from service.engine.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +67,27 @@ def run(options: MergeOptions) -> int:
     identity = identify(options.model, None, options.base_aliases)
     warnings = [warning for member in members if (warning := _check_name(member, identity, options.model))]
 
+    task = _task_of(members)
     with working(f"Reading {options.model}"):
-        model = MergedModel(ShardedWeights(directory), _architecture(directory), DTYPES.get(options.dtype))
+        base = _architecture(directory, task)
+        model = MergedModel(ShardedWeights(directory), base, DTYPES.get(options.dtype))
         selection = [(_bind(member, model), member.given.weight) for member in members]
     with staged_directory(options.output) as staged:
         carry_files(directory, staged)
         warnings += _carry_chat_template(members, staged)
         untie = model.splits_shared(selection)
-        write_model_config(_merged_config(config, options.dtype, untie=untie), staged)
+        merged = _merged_config(config, options.dtype, untie=untie)
+        if task.pools:
+            merged["architectures"] = [type(base.model.model).__name__]
+        if model.head is not None:
+            merged |= classes_config(config, [member.given.directory for member in members], model.head)
+        write_model_config(merged, staged)
         with progress(f"Writing {options.output}", model.nbytes) as advance:
             report = model.write(
                 selection,
                 staged,
                 shard_bytes=options.shard_bytes,
-                untied=_architecture(staged) if untie else None,
+                untied=_architecture(staged, task) if untie else None,
                 advance=advance,
             )
     _report(options, members, report, untied=untie, warnings=warnings)
@@ -121,9 +130,17 @@ def _bind(member: _Member, model: MergedModel) -> AdapterFactors:
         raise CommandError(f"{member.given.directory} is refused ({error.code}): {error.message}") from error
 
 
-def _architecture(directory: Path) -> Architecture:
+def _task_of(members: Sequence[_Member]) -> Task:
+    """What the adapters were trained for. Raises CommandError if that differs."""
+    tasks = {Task.of_adapter(member.checkpoint.config.task_type) for member in members}
+    if len(tasks) > 1:
+        raise CommandError(f"the adapters were trained for different tasks ({' and '.join(sorted(tasks))})")
+    return tasks.pop()
+
+
+def _architecture(directory: Path, task: Task) -> Architecture:
     try:
-        return architecture(str(directory))
+        return architecture(str(directory), task)
     except BaseModelError as error:
         raise CommandError(str(error)) from error
 

@@ -22,6 +22,7 @@ _CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken",
     "tekken.json", "chat_template.json", CHAT_TEMPLATE_FILE, "additional_chat_templates/*.jinja",
+    "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 _WEIGHTS = ("*.safetensors", "model.safetensors.index.json")

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -26,6 +26,7 @@ from service.commands import CommandError
 from service.commands.output import say
 from service.engine.base_model import BaseModelError
 from service.engine.seam import Engine
+from service.engine.task import Task
 from service.logs import setup_logging
 from service.settings import Settings, SettingsError
 
@@ -195,13 +196,21 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+_EXAMPLES: Mapping[Task, tuple[str, Mapping[str, object]]] = {
+    Task.GENERATE: ("/v1/generate", {"prompt": "Once upon a time", "max_new_tokens": 32}),
+    Task.CLASSIFY: ("/v1/classify", {"input": "What a lovely day!"}),
+    Task.EMBED: ("/v1/embeddings", {"input": "What a lovely day!"}),
+}
+
+
 def introduce(server: Server, url: str) -> None:
     """Says where the server is, and how to try it."""
     state = server.state
     records, _ = state.store.list("", limit=1)
-    body = {"prompt": "Once upon a time", "max_new_tokens": 32}
+    route, body = _EXAMPLES[state.task]
+    body = dict(body)
     if records:
         body["adapter"] = records[0].name
     key = " -H 'Authorization: Bearer YOUR-KEY'" if state.keys else ""
     say(f"Serving {state.base.id} with {state.store.count('')} adapters at {url}. Try:")
-    say(f"  curl {url}/v1/generate{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    say(f"  curl {url}{route}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")

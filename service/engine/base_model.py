@@ -23,6 +23,7 @@ from adapters.merged_model import Architecture
 from adapters.packed import pack_linear_layers
 from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
+from service.engine.pooling.base import AUTO_CLASSES, PooledBase, Unservable, describe, head_of, load_model
 from service.engine.quantization import (
     NONE,
     loading_arguments,
@@ -31,6 +32,7 @@ from service.engine.quantization import (
     stored_tensors,
     weight_bytes,
 )
+from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -69,20 +71,31 @@ class LoadedBase:
     quantization: str | None
     fingerprint: str
     created: int
+    task: Task = Task.GENERATE
+    pooled: PooledBase | None = None  # of a task that pools
 
     @property
     def modules(self) -> BaseModules:
         return self.adapted.modules
 
+    @property
+    def usual_context(self) -> int:
+        """What its files would have texts cut to, which may be less than it can read."""
+        return (self.pooled and self.pooled.usual_context) or self.context
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pretrained:
-    """A causal LM as transformers loads it, with nothing of ours around it: config, tokenizer, model in eval mode."""
+    """A model as transformers loads it, with nothing of ours around it: config, tokenizer, model in eval mode.
+
+    `untrained` names the parameters that its files lack, which only a task that pools allows.
+    """
 
     config: Any
     tokenizer: Any
     model: Any
     quantization: str | None = None
+    untrained: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> int:
@@ -100,7 +113,9 @@ class Pretrained:
         return frozenset()
 
 
-def load_pretrained(model: str, *, dtype: str, device: torch.device, quantization: str = NONE) -> Pretrained:
+def load_pretrained(
+    model: str, *, dtype: str, device: torch.device, quantization: str = NONE, task: Task = Task.GENERATE
+) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
     `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA; of a quantized model it is what its activations
@@ -112,14 +127,20 @@ def load_pretrained(model: str, *, dtype: str, device: torch.device, quantizatio
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
+        untrained: frozenset[str] = frozenset()
+        if task.pools and quantization != NONE:
+            raise Unservable(f"--quantization {quantization} is for --task generate so far; leave it out")
         quantized = loading_arguments(config, quantization, wanted, device)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
+        if task.pools:
+            loaded, untrained = load_model(task, model, dtype=wanted)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
         loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
         prepare(loaded)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, Unservable) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
-    return Pretrained(config, tokenizer, loaded, how)
+    return Pretrained(config, tokenizer, loaded, how, untrained)
 
 
 def load_base(
@@ -130,18 +151,29 @@ def load_base(
     quantization: str = NONE,
     served_model_name: str | None = None,
     aliases: Iterable[str] = (),
+    task: Task = Task.GENERATE,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
     pack_weights: bool = True,
 ) -> LoadedBase:
     """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
 
-    `pack_weights` lays linear weights on a CPU out for oneDNN.
+    `pooling` and `normalize` overrule what the model's files say of embeddings. `pack_weights` lays linear weights on a
+    CPU out for oneDNN.
     """
     where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization)
+    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task)
     config, loaded = pretrained.config, pretrained.model
+    pooled = head = None
+    if task.pools:
+        try:
+            head = head_of(loaded, pretrained.untrained) if task is Task.CLASSIFY else None
+            pooled = describe(task, model, loaded.config, pretrained.tokenizer, loaded, pooling, normalize)
+        except Unservable as error:
+            raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
-    counted = loaded if pretrained.quantization is None else _without_weights(model)[0]
+    counted = loaded if pretrained.quantization is None else _without_weights(model, task)[0]
     modules = modules_of(loaded, config)
     parameters = sum(parameter.numel() for parameter in counted.parameters())
     stored_bytes = weight_bytes(loaded)
@@ -151,19 +183,21 @@ def load_base(
     return LoadedBase(
         id=name,
         model_type=config.model_type,
-        adapted=AdaptedModel(loaded, modules),
+        adapted=AdaptedModel(loaded, modules, head),
         tokenizer=TextTokenizer(pretrained.tokenizer, pretrained.vocabulary),
         identity=identity,
         device=where,
         dtype=loaded.dtype,
-        context=_context(config),
+        context=min(_context(config), (pooled and pooled.context) or sys.maxsize),
         vocabulary=pretrained.vocabulary,
-        eos_token_ids=pretrained.eos_token_ids,
+        eos_token_ids=frozenset() if task.pools else pretrained.eos_token_ids,
         parameters=parameters,
         weight_bytes=stored_bytes,
         quantization=pretrained.quantization,
         fingerprint=fingerprint,
         created=int(time.time()),
+        task=task,
+        pooled=pooled,
     )
 
 
@@ -172,23 +206,28 @@ def modules_of(model: Any, config: Any) -> BaseModules:
     return BaseModules.of(model, model_type=config.model_type, output_layer=model.get_output_embeddings())
 
 
-def skeleton(model: str) -> BaseModules:
+def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
-    return modules_of(*_without_weights(model))
+    return modules_of(*_without_weights(model, task))
 
 
-def architecture(model: str) -> Architecture:
+def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
-    empty, config = _without_weights(model)
-    return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix)
+    empty, config = _without_weights(model, task)
+    try:
+        head = head_of(empty, frozenset()) if task is Task.CLASSIFY else None
+    except Unservable as error:
+        raise BaseModelError(f"{model!r} is no classifier: {error}") from error
+    return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix, head)
 
 
-def _without_weights(model: str) -> tuple[Any, Any]:
+def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
     """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), config
+            kind = AUTO_CLASSES[task] if task.pools else AutoModelForCausalLM
+            return kind.from_config(config, trust_remote_code=False), config
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
 

@@ -13,6 +13,7 @@ from service.engine.base_model import BaseModelError, LoadedBase
 from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.graphs.capture import GraphBackend
 from service.engine.graphs.setup import GraphOptions, attach_graphs
+from service.engine.pooling.build import build_pooling_engine
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits
 from service.engine.self_test import choose_runner
@@ -38,6 +39,7 @@ class EngineOptions:
     prefix_cache: bool = True
     auto_merge: bool = False
     graphs: GraphOptions = field(default_factory=GraphOptions)
+    pooled_tokens: int = 8192
 
 
 def build_engine(
@@ -61,7 +63,11 @@ def build_engine(
             f"auto_merge folds adapters into the base model's weights, which are quantized ({base.quantization}): "
             "leave out one of the two"
         )
-    max_context = options.max_context or base.context
+    max_context = options.max_context or min(base.context, base.usual_context)
+    doors = EngineLimits(max_context, base.vocabulary, options.max_queue, base.task)
+    if base.task.pools:
+        rows = _limits(options, base.vocabulary)
+        return build_pooling_engine(base, registry, rows, doors, tokens=options.pooled_tokens)
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()
@@ -77,7 +83,6 @@ def build_engine(
         AutoMerge() if options.auto_merge else None,
         FactorStack(base.adapted.siblings),
     )
-    doors = EngineLimits(max_context, base.vocabulary, options.max_queue)
     backend = runner.kv.name if batches else "solo"
     return BatchEngine(worker, registry, base.tokenizer, doors, kv_backend=backend, graphs=runner.graphs)
 

@@ -21,15 +21,24 @@ from adapters.factors import AdapterFactors
 from adapters.merge import FoldReport
 from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
-from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
+from service.engine.engine_worker import EngineWorker
+from service.engine.errors import (
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    TooManyChoices,
+    WrongTask,
+)
 from service.engine.events import EventSink
+from service.engine.failure import failure
 from service.engine.graphs.decode import DecodeGraphs
 from service.engine.job import Job, make_job
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SequenceStatus
+from service.engine.task import Task
 from service.engine.threads import compute_with
-from service.engine.worker import Worker, failure
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +54,7 @@ class EngineLimits:
     max_context: int
     vocabulary: int
     max_queue: int = 256
+    task: Task = Task.GENERATE
 
 
 class BatchEngine:
@@ -52,7 +62,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        worker: Worker,
+        worker: EngineWorker,
         registry: AdapterRegistry,
         decoder: Decoder,
         limits: EngineLimits,
@@ -134,13 +144,13 @@ class BatchEngine:
             distinct_adapters=len(digests),
             prompt_tokens=self._worker.prompt_tokens,
             completion_tokens=self._worker.completion_tokens,
-            folds=self._worker.folds,
+            folds=self._worker.folding.folds,
             prefix_tokens=self._worker.prefix_tokens,
             prefix_bytes=self._worker.prefix_bytes,
             prefix_evicted_blocks=self._worker.prefix_evicted_blocks,
-            fold_s=self._worker.fold_s,
-            restores=self._worker.restores,
-            restore_s=self._worker.restore_s,
+            fold_s=self._worker.folding.fold_s,
+            restores=self._worker.folding.restores,
+            restore_s=self._worker.folding.restore_s,
             kv_bytes=kv_bytes,
             kv_budget_bytes=kv_budget_bytes,
             replayed_steps=0 if self._graphs is None else self._graphs.replayed,
@@ -182,11 +192,7 @@ class BatchEngine:
 
     def _check_number(self, choices: int) -> None:
         if choices > self._limits.max_queue:
-            raise InvalidRequest(
-                f"the request asks for {choices} choices, its prompts times n, and the queue of this server takes "
-                f"{self._limits.max_queue} (--max-queue): ask for fewer, or send several requests",
-                param="n",
-            )
+            raise TooManyChoices(choices=choices, max_queue=self._limits.max_queue)
 
     def _check_ids(self, requests: Sequence[GenerationRequest]) -> None:
         """Under the lock."""
@@ -204,6 +210,8 @@ class BatchEngine:
             self._inbox.put(lambda: None)  # the engine's thread may be asleep with no deadline to wake it
 
     def _check(self, request: GenerationRequest) -> None:
+        if request.task is not self._limits.task:
+            raise WrongTask(request.task, self._limits.task)
         prompt, context = len(request.prompt_ids), self._limits.max_context
         if prompt == 0:
             raise InvalidRequest("the prompt has no tokens", param="prompt")

@@ -2,6 +2,8 @@
 
     EngineError
     ├── InvalidRequest           a prompt or a parameter that cannot be run
+    │   └── TooManyChoices       more than the queue takes
+    ├── WrongTask                this server was started for another task
     ├── ContextLengthExceeded    prompt and new tokens do not fit the context
     ├── Overloaded               the queue is full; `retry_after_s` says when to come back
     └── EngineUnavailable        loading, draining, or its thread has died
@@ -25,6 +27,32 @@ class EngineError(Exception):
 
 class InvalidRequest(EngineError):
     code = "invalid_request"
+
+
+class TooManyChoices(InvalidRequest):
+    """More than the queue takes, even if it is empty."""
+
+    def __init__(self, *, choices: int, max_queue: int) -> None:
+        self.choices = choices
+        self.max_queue = max_queue
+        super().__init__(self.describe(), param="n")
+
+    def describe(self, choices: str = "choices, its prompts times n,") -> str:
+        """The message, with the client's word for what there is too much of."""
+        return (
+            f"the request asks for {self.choices} {choices} and the queue of this server takes {self.max_queue} "
+            "(--max-queue): ask for fewer, or send several requests"
+        )
+
+
+class WrongTask(EngineError):
+    code = "wrong_task"
+
+    def __init__(self, asked: str, started_for: str) -> None:
+        super().__init__(
+            f"this server was started with --task {started_for} and does not {asked}: send the request to one that was "
+            f"started with --task {asked}"
+        )
 
 
 class ContextLengthExceeded(EngineError):

@@ -78,12 +78,16 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """Terminal: every choice has ended. `mode` says how the selection ran: "switch" or "merge"."""
+    """Terminal: every choice has ended. `mode` says how the selection ran: "switch" or "merge".
+
+    `pooled` is the answer of a task that pools: a classifier's logits, or an embedding.
+    """
 
     request_id: str
     usage: Usage
     timing: Timing
     mode: str
+    pooled: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

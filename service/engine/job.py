@@ -59,6 +59,7 @@ class Job:
     first_token: float | None = None
     merged: bool = False  # whether every step so far ran folded
     ended: bool = False
+    pooled: tuple[float, ...] | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # nothing precedes the first
     is_scoring: bool = field(init=False)
     _open: int = field(init=False)
@@ -113,6 +114,12 @@ class Job:
         )
         self._close(choice)
 
+    def finish_pooled(self, choice: Choice, pooled: tuple[float, ...]) -> None:
+        """The end of a text that was read, with what came of it."""
+        self.pooled = pooled
+        self.sink(TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.STOP))
+        self._close(choice)
+
     def cancel(self) -> None:
         """Ends every open choice as cancelled."""
         for choice in self.choices:
@@ -152,7 +159,7 @@ class Job:
         )
         mode = Mode.MERGE if self.merged else Mode.SWITCH
         usage = Usage(len(self.request.prompt_ids), output, self.sequences[0].cached)
-        return FinishedEvent(self.request.request_id, usage, timing, mode)
+        return FinishedEvent(self.request.request_id, usage, timing, mode, self.pooled)
 
     def _end(self, event: FinishedEvent | FailedEvent) -> None:
         assert not self.ended, "a request ended twice"

@@ -9,6 +9,7 @@ from enum import Enum, auto
 
 from service.engine.guide import Grammar
 from service.engine.selection import Selection
+from service.engine.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,18 @@ class SamplingParams:
         return penalised or bool(self.logit_bias)
 
 
+READ_ONCE = SamplingParams(max_new_tokens=0, temperature=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What is submitted to the engine: one prompt, one selection, `n` choices. Choice i samples with seed + i.
 
     `timeout_s` is measured from submission; a request that outlives it fails with `request_timeout`. `grammar` is what
     every choice has to follow.
+
+    Of a task that pools, the prompt is a text that is read once, `token_types` its tokens' types if it is a pair; `n`
+    is 1 and `params` are READ_ONCE.
     """
 
     request_id: str
@@ -64,6 +71,8 @@ class GenerationRequest:
     tenant: str = ""
     timeout_s: float | None = None
     grammar: Grammar | None = None
+    task: Task = Task.GENERATE
+    token_types: tuple[int, ...] | None = None
 
 
 class SequenceStatus(Enum):

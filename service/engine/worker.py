@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
@@ -20,29 +19,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterError
 from adapters.factors import AdapterFactors, FactorStack
-from adapters.low_rank import LowRankBatch
 from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason
+from service.engine.failure import BROKEN, failure, optional
 from service.engine.fatal import is_fatal
-from service.engine.guide import GrammarFailed
+from service.engine.folding import Folding
 from service.engine.job import Choice, Job
+from service.engine.mixing import Mixing
 from service.engine.model_runner import ModelRunner
 from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
-from service.engine.scheduler import Chunk, Limits, Scheduler, foldable
+from service.engine.scheduler import Chunk, Limits, Scheduler
 from service.engine.selection import Selection
 from service.engine.sequence import Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
-_MIXES_KEPT = 4
 _WORTH_PADDING = 32  # tokens: about what a forward costs, however small it is (measured on a CPU)
-_IDLE_RANKS = 512  # a stack that has grown beyond it is let go of when nothing runs
-_BROKEN = "the model answered NaN or infinity; is the adapter or the dtype at fault?"
 
 Answer = tuple[Sequence, Tensor]  # a sequence and its token logits [vocabulary]
 
@@ -61,18 +57,13 @@ class Worker:
         stack: FactorStack | None = None,
     ) -> None:
         self._runner = runner
-        self._merger = merger
         self._scheduler = Scheduler(limits)
         self._eos = eos_token_ids
         self._prefixes = prefixes
-        self._auto_merge = auto_merge
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
-        self._folded: Selection | None = None
-        self._mixes: OrderedDict[object, LowRankBatch | None] = OrderedDict()
-        self._stack = stack if stack is not None else FactorStack()
-        self._unfoldable: set[object] = set()
-        self.prompt_tokens = self.completion_tokens = self.prefix_tokens = self.folds = self.restores = 0
-        self.fold_s = self.restore_s = 0.0
+        self._mixing = Mixing(stack if stack is not None else FactorStack(), self._factors_of)
+        self.folding = Folding(merger, auto_merge)
+        self.prompt_tokens = self.completion_tokens = self.prefix_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -110,7 +101,7 @@ class Worker:
         self._drop_finished()
         self._join()
         self._line_up()
-        self._fold_or_restore()
+        self.folding.follow(self._scheduler.running, self._factors_of)
         decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
         self._prefill()
         self._drop_finished()
@@ -118,31 +109,8 @@ class Worker:
         self._drop_finished()
 
     def fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> FoldReport:
-        """Folds a selection into the base weights now, and says what that lost.
-
-        The next step restores them if its rows want something else.
-        """
-        self._fold(selection, factors)
-        return self._merger.rounding(_weighted(selection, factors))
-
-    def _fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
-        if self._folded is not None:
-            self._restore()
-        began = time.perf_counter()
-        self._merger.fold(_weighted(selection, factors))
-        self._folded = selection
-        seconds = time.perf_counter() - began
-        self.folds += 1
-        self.fold_s += seconds
-        if self._auto_merge is not None:
-            self._auto_merge.folded_in(seconds)
-
-    def _restore(self) -> None:
-        began = time.perf_counter()
-        self._merger.restore()
-        self._folded = None
-        self.restores += 1
-        self.restore_s += time.perf_counter() - began
+        """Folds a selection into the base weights now, and says what that lost."""
+        return self.folding.fold(selection, factors)
 
     # --- joining ----------------------------------------------------------------------------------
 
@@ -205,7 +173,7 @@ class Worker:
         if self._prefixes is None or sequence.is_scored:
             return
         hit = self._prefixes.match(sequence.prefix_owner, sequence.request.prompt_ids)
-        with _optional("a prefix was not reused"):
+        with optional("a prefix was not reused"):
             if hit.tokens:
                 self._runner.write(row, hit.blocks)
             sequence.prefilled = sequence.cached = hit.tokens
@@ -260,7 +228,7 @@ class Worker:
         if job.ended:
             return
         if bool(_broken(token_logits).any()):
-            job.fail("internal_error", _BROKEN)
+            job.fail("internal_error", BROKEN)
             return
         following = sequence.request.prompt_ids[start + 1 : start + 1 + len(token_logits)]
         top = sequence.params.prompt_logprobs or 0
@@ -272,7 +240,7 @@ class Worker:
             return
         running = self._scheduler.running
         read = partial(self._runner.read, running.index(sequence))
-        with _optional("a prefix was not kept"):
+        with optional("a prefix was not kept"):
             self._prefixes.insert(sequence.prefix_owner, sequence.request.prompt_ids, read)
         self._prefixes.shrink_to(self._runner.spare([each.final_length for each in running]))
 
@@ -281,10 +249,7 @@ class Worker:
             return
         began = time.perf_counter()
         answers = self._forward(decoding, [[sequence.last_token] for sequence in decoding])
-        if self._auto_merge is not None:
-            sole = foldable(self._scheduler.running, automatic=True)
-            seconds = time.perf_counter() - began
-            self._auto_merge.observe(sole.key if sole else None, seconds, folded=self._folded is not None)
+        self.folding.observe_step(self._scheduler.running, time.perf_counter() - began)
         for sequence, _ in answers:
             self._scheduler.charge(sequence, 1)
         self._take_tokens(answers)
@@ -294,10 +259,11 @@ class Worker:
     ) -> list[Answer]:
         """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
         for sequence in sequences:
-            self._owners[sequence][0].mark_step(folded=self._folded is not None)
+            self._owners[sequence][0].mark_step(folded=self.folding.is_folded)
         try:
-            row_of = {sequence: row for row, sequence in enumerate(self._scheduler.running)}
-            batch = None if self._folded is not None else self._low_rank(sequences)
+            running = self._scheduler.running
+            row_of = {sequence: row for row, sequence in enumerate(running)}
+            batch = None if self.folding.is_folded else self._mixing.batch(sequences, running)
             rows = [row_of[sequence] for sequence in sequences]
             token_logits = self._runner.extend(rows, tokens, batch, every_position=every_position)
         except Exception as error:
@@ -311,56 +277,8 @@ class Worker:
         halves = (sequences[:half], tokens[:half]), (sequences[half:], tokens[half:])
         return [answer for each in halves for answer in self._forward(*each, every_position=every_position)]
 
-    def _fold_or_restore(self) -> None:
-        """Folded only while every row of the batch has the one selection that asked for it, or that it pays for."""
-        running = self._scheduler.running
-        if not running:
-            return
-        wanted = foldable(running)
-        if wanted is None and self._auto_merge is not None:
-            sole = foldable(running, automatic=True)
-            wanted = sole if sole is not None and self._auto_merge.wants(sole.key) else None
-        if self._folded is not None and (wanted is None or wanted.key != self._folded.key):
-            self._restore()
-        if self._folded is None and wanted is not None and wanted.key not in self._unfoldable:
-            self._try_fold(wanted, self._owners[running[0]][0].factors)
-
-    def _try_fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> None:
-        """Merging is a preference: what cannot be folded runs beside the weights, and is not tried again."""
-        try:
-            self._fold(selection, factors)
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            log.warning("%s cannot be folded: %s", selection.header, error)
-            self._unfoldable.add(selection.key)
-
-    def _low_rank(self, sequences: list[Sequence]) -> LowRankBatch | None:
-        """The low-rank part for these rows, kept from earlier steps whose rows had the same selections."""
-        # All rows that run, not only these: a step's forwards must not push each other's adapters out.
-        self._stack.hold(self._factors_of(self._scheduler.running).values())
-        mix = self._stack.generation, tuple(sequence.selection.key for sequence in sequences)
-        if mix not in self._mixes:
-            self._mixes[mix] = self._mixed_batch(sequences)
-        self._mixes.move_to_end(mix)
-        while len(self._mixes) > _MIXES_KEPT:
-            self._mixes.popitem(last=False)
-        return self._mixes[mix]
-
-    def _mixed_batch(self, sequences: list[Sequence]) -> LowRankBatch | None:
-        factors = self._factors_of(sequences)
-        if not factors:
-            return None
-        column = {digest: i for i, digest in enumerate(factors)}
-        weights = torch.zeros(len(sequences), len(factors))
-        for row, sequence in enumerate(sequences):
-            for adapter in sequence.selection.adapters:
-                weights[row, column[adapter.digest]] += adapter.weight
-        return LowRankBatch(list(factors.values()), weights, self._stack)
-
-    def _factors_of(self, sequences: Iterable[Sequence]) -> dict[str, AdapterFactors]:
-        """By digest."""
-        return {factors.digest: factors for sequence in sequences for factors in self._owners[sequence][0].factors}
+    def _factors_of(self, sequence: Sequence) -> Seq[AdapterFactors]:
+        return self._owners[sequence][0].factors
 
     # --- tokens -----------------------------------------------------------------------------------
 
@@ -374,7 +292,7 @@ class Worker:
             if job.ended:
                 continue
             if is_broken:
-                job.fail("internal_error", _BROKEN)
+                job.fail("internal_error", BROKEN)
             elif sequence.params.max_new_tokens == 0:
                 with self._blaming(sequence):
                     job.finish_without_tokens(choice)
@@ -438,10 +356,8 @@ class Worker:
         for sequence in [s for s in self._owners if s not in alive]:
             del self._owners[sequence]
         if not alive:
-            self._mixes.clear()  # lets go of factors that may be evicted now
-            if self._stack.ranks > _IDLE_RANKS:
-                self._stack.clear()
-            self._unfoldable.clear()
+            self._mixing.let_go()
+            self.folding.forget_failures()
 
     def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
         """Ends the requests of these sequences; raises again what no request can be blamed for."""
@@ -463,30 +379,6 @@ def _sampling_row(choice: Choice) -> SamplingRow:
     )
 
 
-def _weighted(selection: Selection, factors: Seq[AdapterFactors]) -> list[tuple[AdapterFactors, float]]:
-    return [(each, adapter.weight) for each, adapter in zip(factors, selection.adapters, strict=True)]
-
-
 def _broken(token_logits: Tensor) -> Tensor:
     """Which rows [..., vocabulary] hold NaN, which is not less either, or infinity."""
     return ~(token_logits < torch.inf).all(-1)
-
-
-@contextmanager
-def _optional(otherwise: str) -> Iterator[None]:
-    """What saves work but is not needed may fail, for want of memory say."""
-    try:
-        yield
-    except Exception as error:
-        if is_fatal(error):
-            raise
-        log.warning("%s: %s", otherwise, error)
-
-
-def failure(error: Exception) -> tuple[str, str]:
-    """The error envelope's code and message for an exception that ended a request."""
-    if isinstance(error, AdapterError):
-        return error.code, error.message
-    if isinstance(error, GrammarFailed):
-        return "invalid_request", f"the grammar of the output cannot be followed: {error}; ask for a simpler one"
-    return "internal_error", "the engine failed on this request; the server's log says why"

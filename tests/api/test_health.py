@@ -40,4 +40,5 @@ def test_versions_name_what_runs(server: Server) -> None:
     assert versions["version"] == __version__
     assert (versions["model"], versions["dtype"], versions["kv_backend"]) == (BASE, "float32", "slot")
     assert (versions["quantization"], versions["weight_bytes"]) == (None, 49380)
+    assert versions["task"] == "generate"
     assert all(versions[part] for part in ("python", "torch", "transformers", "device", "fingerprint"))

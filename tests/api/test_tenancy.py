@@ -278,6 +278,8 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
         "POST /v1/chat/completions",
         "POST /generate",
         "POST /generate_stream",
+        "POST /v1/classify",
+        "POST /v1/embeddings",
     }
     assert kinds[Access.ADMIN] >= {
         "POST /v1/adapters",

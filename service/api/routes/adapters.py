@@ -44,6 +44,11 @@ _FORM: dict[str, Any] = {
         "weights": {"type": "string", "format": "binary", "description": "adapter_model.safetensors"},
         "tokenizer_config": {"type": "string", "format": "binary", "description": "tokenizer_config.json"},
         "chat_template": {"type": "string", "format": "binary", "description": "chat_template.jinja"},
+        "labels": {
+            "type": "string",
+            "format": "binary",
+            "description": "labels.json: a classifier's names of classes, as a list or as id2label",
+        },
         "activate": {"type": "string", "enum": ["true", "switch", "merge", "false"]},
     },
 }

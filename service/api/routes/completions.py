@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from service.api.completion_writer import CompletionWriter
-from service.api.deps import HAS_ROOM, ServerState, State, Tenant
+from service.api.deps import GENERATES, HAS_ROOM, ServerState, State, Tenant
 from service.api.field_names import FieldNames
 from service.api.generation import encode_prompt
 from service.api.openai import envelope, generations, select
@@ -29,7 +29,7 @@ _FIELDS = FieldNames("prompt", "max_tokens")
     response_model=CompletionResponse,
     response_model_exclude_unset=True,
     responses=streaming_responses(),
-    dependencies=[HAS_ROOM],
+    dependencies=[GENERATES, HAS_ROOM],
 )
 async def completions(
     body: CompletionRequest, request: Request, response: Response, state: State, tenant: Tenant

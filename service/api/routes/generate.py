@@ -10,7 +10,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from service.api.choices import ChoiceWriter
-from service.api.deps import HAS_ROOM, ServerState, State, Tenant
+from service.api.deps import GENERATES, HAS_ROOM, ServerState, State, Tenant
 from service.api.generation import EventStream, encode_prompt, gather, new_generation_id, timeout_of
 from service.api.receipt import ReceiptWriter, seeded
 from service.api.respond import respond
@@ -36,7 +36,7 @@ router = APIRouter(tags=["generate"])
     response_model=GenerateResponse,
     response_model_exclude_unset=True,
     responses=streaming_responses(),
-    dependencies=[HAS_ROOM],
+    dependencies=[GENERATES, HAS_ROOM],
 )
 async def generate(body: GenerateRequest, request: Request, response: Response, state: State, tenant: Tenant) -> object:
     """Generates with the selection that the request names: an adapter, a blend, the base model, or the active one."""

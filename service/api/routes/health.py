@@ -65,4 +65,5 @@ async def versions(state: State) -> Versions:
         weight_bytes=base.weight_bytes,
         device=base.device,
         kv_backend=base.kv_backend,
+        task=state.task,
     )

@@ -74,7 +74,7 @@ def streaming_responses(
 
 
 _CODES_BY_STATUS = {
-    400: "`invalid_request`, `context_length_exceeded`",
+    400: "`invalid_request`, `context_length_exceeded`, `wrong_task`",
     401: "`unauthorized`",
     403: "`forbidden`",
     404: "`adapter_not_found`, `model_not_found`",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from service.api.schemas.common import ResponseModel
 
 
@@ -27,3 +29,4 @@ class Versions(ResponseModel):
     weight_bytes: int
     device: str
     kv_backend: str | None
+    task: str = Field(description="`generate`, `classify` or `embed`")

@@ -13,12 +13,13 @@ from adapters.errors import AdapterNotFound
 from adapters.factors import AdapterFactors
 from service.engine.detokenizer import TextStream
 from service.engine.engine import BatchEngine, EngineLimits
-from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded
+from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded, WrongTask
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from service.engine.scheduler import Limits
 from service.engine.seam import EngineState
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
+from service.engine.task import Task
 from service.engine.worker import Worker
 from tests.fake_runner import TOKEN_BYTES, VOCABULARY, FakeRunner
 from tests.unit.service.engine.test_worker import FakeMerger, Letters
@@ -420,3 +421,8 @@ def test_a_text_that_cannot_be_decoded_when_its_request_is_cancelled_harms_no_ot
     assert isinstance(finish(events)[1], FailedEvent)
     assert finish(other)[0] == [6, 7, 8]
     assert bench.engine.state is EngineState.READY
+
+
+def test_a_request_of_another_task_is_refused(bench: Bench) -> None:
+    with pytest.raises(WrongTask, match="--task generate"):
+        bench.submit("a", task=Task.CLASSIFY)

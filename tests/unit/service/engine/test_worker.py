@@ -258,9 +258,9 @@ def test_folds_while_all_rows_want_it_and_restores_when_another_joins() -> None:
     end = bench.end("merged")
     assert isinstance(end, FinishedEvent)
     assert end.mode == "switch", "not every step of it ran folded"
-    assert (bench.worker.folds, bench.worker.restores) == (2, 1)
-    assert bench.worker.fold_s > 0
-    assert bench.worker.restore_s > 0
+    assert (bench.worker.folding.folds, bench.worker.folding.restores) == (2, 1)
+    assert bench.worker.folding.fold_s > 0
+    assert bench.worker.folding.restore_s > 0
 
 
 def test_what_cannot_be_folded_runs_beside_the_weights() -> None:

@@ -1,0 +1,1 @@
+"""Texts that are read once: classification by heads that adapters bring, and embeddings."""

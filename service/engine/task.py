@@ -1,0 +1,31 @@
+"""What a server does with texts. It is started for one task, which decides how its base model is loaded."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    """GENERATE continues texts, token by token; CLASSIFY and EMBED read each text once and answer with numbers."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"
+    EMBED = "embed"
+
+    @classmethod
+    def of_adapter(cls, task_type: str | None) -> Task:
+        """What an adapter was trained for, by its config's `task_type`."""
+        return {"SEQ_CLS": cls.CLASSIFY, "FEATURE_EXTRACTION": cls.EMBED}.get(task_type or "", cls.GENERATE)
+
+    @property
+    def pools(self) -> bool:
+        """Whether one forward over the text gives the answer, with nothing generated."""
+        return self is not Task.GENERATE
+
+
+class Pooling(StrEnum):
+    """Which of a text's token vectors make its embedding: all on average, the first, or the last."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    LAST = "last"
