@@ -1,4 +1,4 @@
-"""A line plot as SVG, without a library: first tokens against the offered load, both axes logarithmic."""
+"""Line plots as SVG, without a library, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def first_token_plot(open_loop: Mapping[str, Any]) -> str:
             lines.setdefault(name, []).append((float(rate), latencies["first_token_p50_ms"]))
         lines.setdefault("floor", []).append((float(rate), figures["floor"]["rows_1"]["first_token_ms"]))
     return line_plot(lines, "requests a second, offered", "first token, median, ms")
+
+
+def memory_plot(memory: Mapping[str, Any]) -> str:
+    """Each process's memory against the number of adapters, and the weights and files alone."""
+    lines = {
+        name: [(float(count), nbytes / 1e6) for count, nbytes in memory[key].items()]
+        for name, key in (("server", "server_bytes"), ("peft", "peft_bytes"), ("floor", "floor_bytes"))
+    }
+    return line_plot(lines, "adapters registered", "memory of the process, MB")
 
 
 def line_plot(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:

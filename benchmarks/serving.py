@@ -1,6 +1,6 @@
 """This server over HTTP, side by side with what else one could put behind HTTP, on the same weights and requests.
 
-    python -m benchmarks.serving [--quick] [--plot FILE.svg]
+    python -m benchmarks.serving [--quick] [--plot DIRECTORY]
 
 - `server`: `vblora-serve serve`;
 - `peft_switching`: PEFT and `generate`, a request at a time, `set_adapter` for each;
@@ -14,7 +14,7 @@ Linux only: it reads /proc. Needs PEFT. Ends in one line of JSON.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.contenders.lineup import CONTINUOUS, PEFT_GROUPED, PEFT_SWITCHING, SERVER, open_lineup
 from benchmarks.floor import measure_floor
 from benchmarks.loops import measure_closed_loop, measure_http_over_engine, measure_open_loop
-from benchmarks.plot import first_token_plot
+from benchmarks.plot import first_token_plot, memory_plot
 from benchmarks.report import Target, report_line
 from benchmarks.server_memory import measure_memory
 from benchmarks.sizes import QUICK_SERVING, ServingSizes
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds = 1 if options.quick else options.rounds
     with open_stage(sizes.model, dtype=options.dtype, device="cpu", threads=options.threads) as stage:
         figures = measure(stage, sizes, options.measures, rounds)
-    if options.plot is not None and "open_loop" in figures:
-        options.plot.write_text(first_token_plot(figures["open_loop"]), encoding="utf-8")
+    if options.plot is not None:
+        draw(figures, options.plot)
     print(report_line("serving", sizes, figures, () if options.quick else TARGETS, options.threads))
 
 
@@ -91,6 +91,13 @@ def full_sizes(options: argparse.Namespace) -> ServingSizes:
     return sizes if options.offered is None else replace(sizes, offered=tuple(options.offered))
 
 
+def draw(figures: Mapping[str, Any], directory: Path) -> None:
+    for name, plot in (("open_loop", first_token_plot), ("memory", memory_plot)):
+        if name in figures:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{name}.svg").write_text(plot(figures[name]), encoding="utf-8")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description="Measure servers side by side.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs, nothing more")
@@ -100,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's (float32)")
     parser.add_argument("--requests", type=int, default=32, help="of a closed loop's round (32)")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES, help="which to take (all)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw first tokens against the offered load")
+    parser.add_argument("--plot", type=Path, metavar="DIRECTORY", help="where to draw open_loop.svg and memory.svg")
     return parser.parse_args(arguments)
 
 

@@ -25,7 +25,7 @@ RATIOS = {"throughput", "first_token_p50", "first_token_p99", "inter_token_p50"}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_serving(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    serving.main(["--quick", "--threads", "1", "--plot", str(tmp_path / "plot.svg")])
+    serving.main(["--quick", "--threads", "1", "--plot", str(tmp_path / "plots")])
     report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["targets"] == {}, "figures of tiny sizes are judged"
     peft = {"peft_switching", "peft_grouped"}
@@ -40,7 +40,8 @@ def test_serving(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert report["memory"]["server_bytes"].keys() == report["memory"]["floor_bytes"].keys() == {"1", "3"}
     assert report["memory"]["peft_bytes"]["1"] > report["memory"]["file_bytes"] > 0
     assert report["machine_floor"]["gigabytes_per_s"] > 0
-    ElementTree.parse(tmp_path / "plot.svg")
+    for plot in ("open_loop", "memory"):
+        ElementTree.parse(tmp_path / "plots" / f"{plot}.svg")
 
 
 def assert_compared(figures: dict[str, Any], others: set[str]) -> None:
