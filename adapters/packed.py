@@ -42,6 +42,13 @@ class PackedLinear(nn.Linear):
             plain: Tensor = self.packed.to_dense()
         return plain
 
+    def plain(self) -> nn.Linear:
+        """The layer as it was before packing."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.weight.dtype)
+        layer.weight = nn.Parameter(self.dense().clone(), requires_grad=False)  # the clone is no inference tensor
+        layer.bias = self.bias
+        return layer.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.is_meta:
             output: Tensor = _ops._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -83,6 +90,14 @@ def _pack_layers(model: nn.Module) -> int:
         setattr(model.get_submodule(parent), attribute, layer)
         count += 1
     return count
+
+
+def unpack_linear_layers(model: nn.Module) -> None:
+    """Makes every packed layer of a model the plain one that it was, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.plain())
 
 
 def _leave_files(model: nn.Module) -> None:

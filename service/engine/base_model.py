@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
-from adapters.packed import pack_linear_layers
 from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
+from service.engine.packing import pack_model
 from service.engine.pooling.base import AUTO_CLASSES, PooledBase, Unservable, describe, head_of, load_model
 from service.engine.quantization import (
     NONE,
@@ -178,7 +178,7 @@ def load_base(
     parameters = sum(parameter.numel() for parameter in counted.parameters())
     stored_bytes = weight_bytes(loaded)
     if pack_weights:
-        pack_linear_layers(loaded)
+        pack_model(loaded)
     name = served_model_name or served_name(model)
     return LoadedBase(
         id=name,
