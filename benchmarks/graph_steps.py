@@ -68,6 +68,8 @@ def random_base(shape: ModelShape, dtype: str, device: torch.device) -> LoadedBa
         vocabulary=shape.vocabulary,
         eos_token_ids=frozenset(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        quantization=None,
         fingerprint="",
         created=0,
     )

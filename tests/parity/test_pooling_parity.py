@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapters.packed import own_value
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from service.engine.base_model import LoadedBase, load_base
@@ -208,11 +209,13 @@ def test_folded_it_answers_the_same(arch: PoolArch, tmp_path: Path) -> None:
     path = make_pool_adapter(model, HeadSpec(4, seed=9), tmp_path / "a")
     bench = make_bench(tmp_path)
     bench.register("a", path)
-    pristine = {name: parameter.clone() for name, parameter in bench.base.adapted.model.named_parameters()}
+    adapted = bench.base.adapted
+    layers = {name: adapted.base_layer(name) for name in adapted.modules.layers}
+    pristine = {name: own_value(layer, "weight").clone() for name, layer in layers.items()}
     answers = bench.read([(bench.selection(Mode.MERGE, a=1.0), text) for text in TEXTS])
     bench.engine.stop()
     assert bench.modes == ["merge"] * len(TEXTS)
-    changed = [n for n, p in bench.base.adapted.model.named_parameters() if not torch.equal(p, pristine[n])]
+    changed = [name for name, layer in layers.items() if not torch.equal(own_value(layer, "weight"), pristine[name])]
     assert changed, "nothing was folded"
     for text, answer in zip(TEXTS, answers, strict=True):
         torch.testing.assert_close(answer, peft_scores(model, path, 4, text), atol=TOLERANCE, rtol=TOLERANCE)
