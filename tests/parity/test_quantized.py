@@ -219,7 +219,7 @@ def test_a_saved_module_whose_weight_is_quantized_is_refused(tmp_path: Path, how
 
 
 def test_nothing_is_folded(bench: Bench) -> None:
-    base = bench.load()
+    base = bench.load(pack_weights=False)  # packed, they are no longer there to be looked at
     before = fingerprint_of(base.adapted.model)
     merger = Merger(base.adapted)
     with pytest.raises(MergeUnsupported, match="quantized"):
