@@ -6,13 +6,13 @@ An adapter may say it itself: in `labels.json` among its files (a list of names,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from adapters import strict_json
 from adapters.config import CONFIG_FILE
 from adapters.errors import BadConfig
 from adapters.heads import ClassifierHead, label_count
@@ -72,8 +72,8 @@ def _file_labels(directory: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:
-        return _names(json.loads(path.read_text(encoding="utf-8")), LABELS_FILE, LABELS_FILE)
-    except (ValueError, RecursionError) as error:
+        return _names(strict_json.parse(path.read_bytes()), LABELS_FILE, LABELS_FILE)
+    except ValueError as error:
         raise BadConfig(f"{LABELS_FILE} is not valid JSON: {error}", subject=LABELS_FILE) from error
 
 
@@ -88,4 +88,9 @@ def _names(value: Any, file: str, subject: str) -> tuple[str, ...]:
         )
     if any(len(name) > MAX_NAME for name in value):
         raise BadConfig(f"a label in {file} has more than {MAX_NAME:,} characters", subject=subject)
+    if any("\ud800" <= character <= "\udfff" for name in value for character in name):
+        raise BadConfig(
+            f"a label in {file} holds half of a surrogate pair, which is no character: no answer could name it",
+            subject=subject,
+        )
     return tuple(value)

@@ -43,12 +43,19 @@ def requests_of(
     assert state.pooled is not None, "the route is for tasks that pool"
     limit = _limit(body.truncate_prompt_tokens, state.engine.max_context)
     texts = [_encode(state.pooled, i, item, limit) for i, item in enumerate(body.input)]
+    vocabulary = state.tokenizer.vocabulary
     for i, text in enumerate(texts):
         if len(text.ids) > state.engine.max_context:
             raise ApiError(
                 "context_length_exceeded",
                 f"input {i} has {len(text.ids):,} tokens and the context is {state.engine.max_context:,}: shorten it, "
                 "or have it cut with truncate_prompt_tokens",
+                param="input",
+            )
+        if (highest := max(text.ids)) >= vocabulary:
+            raise ApiError(
+                "invalid_request",
+                f"input {i} holds the token id {highest}, and the vocabulary ends with {vocabulary - 1}",
                 param="input",
             )
     return [

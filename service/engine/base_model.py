@@ -23,10 +23,20 @@ from adapters.merged_model import Architecture
 from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
 from service.engine.packing import pack_model
-from service.engine.pooling.base import AUTO_CLASSES, PooledBase, Unservable, describe, head_of, load_model
+from service.engine.pooling.base import (
+    AUTO_CLASSES,
+    PooledBase,
+    Unservable,
+    describe,
+    head_of,
+    kept_plain,
+    leave_new_head,
+    load_model,
+)
 from service.engine.quantization import (
     NONE,
     loading_arguments,
+    method_of,
     prepare,
     quantization_of,
     stored_tensors,
@@ -128,12 +138,11 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
         untrained: frozenset[str] = frozenset()
-        if task.pools and quantization != NONE:
-            raise Unservable(f"--quantization {quantization} is for --task generate so far; leave it out")
-        quantized = loading_arguments(config, quantization, wanted, device)
         if task.pools:
-            loaded, untrained = load_model(task, model, dtype=wanted)
+            quantized = _pooling_arguments(task, model, config, quantization, wanted, device)
+            loaded, untrained = load_model(task, model, dtype=wanted, **quantized)
         else:
+            quantized = loading_arguments(config, quantization, wanted, device)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
         loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
@@ -141,6 +150,20 @@ def load_pretrained(
     except (OSError, ValueError, KeyError, ImportError, Unservable) as error:
         raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
     return Pretrained(config, tokenizer, loaded, how, untrained)
+
+
+def _pooling_arguments(
+    task: Task, model: str, config: Any, quantization: str, dtype: torch.dtype | str, device: torch.device
+) -> dict[str, Any]:
+    """What a model that pools is loaded with besides; nothing for one that is not quantized."""
+    if quantization == NONE and method_of(config) is None:
+        return {}
+    empty, _ = _without_weights(model, task)
+    arguments = loading_arguments(config, quantization, dtype, device, kept_plain(task, empty))
+    if quantization == NONE:
+        leave_new_head(task, empty, config)
+        arguments["config"] = config
+    return arguments
 
 
 def load_base(

@@ -10,7 +10,7 @@ Refusals are ImportErrors and ValueErrors, which loading turns into a BaseModelE
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -29,23 +29,28 @@ _FUSED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """One value of the setting: the package that does it, and transformers' config of it for a dtype of activations."""
+    """One value of the setting: the package that does it, and transformers' config of it.
+
+    That is made for a dtype of activations and the modules to leave as they are, None for transformers' own choice.
+    """
 
     package: str
-    config: Callable[[torch.dtype], Any]
+    config: Callable[[torch.dtype, list[str] | None], Any]
 
 
-def _int8(dtype: torch.dtype) -> Any:
+def _int8(dtype: torch.dtype, kept: list[str] | None) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig  # optional, and slow to import
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
 
 
-def _nf4(dtype: torch.dtype) -> Any:
+def _nf4(dtype: torch.dtype, kept: list[str] | None) -> Any:
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
 
 
 _SCHEMES = {"int8": _Scheme("torchao", _int8), "nf4": _Scheme("bitsandbytes", _nf4)}
@@ -53,8 +58,17 @@ CHOICES = (NONE, *_SCHEMES)
 _EXTRA = frozenset(scheme.package for scheme in _SCHEMES.values())
 
 
-def loading_arguments(config: Any, quantization: str, dtype: torch.dtype | str, device: torch.device) -> dict[str, Any]:
+def loading_arguments(
+    config: Any,
+    quantization: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    kept: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """What `from_pretrained` is given besides, for a model of this config; nothing for one that is not quantized.
+
+    `kept` names the modules that are to stay as they are; by default transformers chooses, which knows language
+    models: it keeps their output layer. A checkpoint that is quantized already has its own.
 
     Raises ImportError for a package that is missing, and ValueError for a checkpoint that is quantized otherwise.
     """
@@ -75,7 +89,7 @@ def loading_arguments(config: Any, quantization: str, dtype: torch.dtype | str, 
     scheme = _SCHEMES[quantization]
     _check_installed({scheme.package}, f"--quantization {quantization}")
     activations = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.bfloat16)
-    return {**place, "quantization_config": scheme.config(activations)}
+    return {**place, "quantization_config": scheme.config(activations, None if kept is None else list(kept))}
 
 
 def _check_installed(packages: set[str], what: str) -> None:
@@ -130,11 +144,16 @@ def _fits_fused_kernel(module: Any) -> bool:
     return state is None or (module.out_features % _FUSED_ROWS == 0 and module.in_features % state.blocksize == 0)
 
 
-def rounds_to(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """What a model of this dtype computes in at its coarsest: bfloat16, whatever it is, where that kernel runs."""
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model's activations are in: the dtype of its first parameter that is no packed integers."""
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+
+
+def rounds_to(model: nn.Module) -> torch.dtype:
+    """What a model computes in at its coarsest: bfloat16, whatever its dtype is, where that kernel runs."""
     fused = any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return torch.bfloat16 if fused and on_cpu else dtype
+    return torch.bfloat16 if fused and on_cpu else dtype_of(model)
 
 
 def mixes_rows(model: nn.Module) -> bool:

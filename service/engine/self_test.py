@@ -21,7 +21,7 @@ from service.engine.kv.backend import KVBackend
 from service.engine.kv.rows import RowsBackend
 from service.engine.kv.slots import SlotBackend
 from service.engine.model_runner import TransformersRunner
-from service.engine.quantization import mixes_rows, rounds_to
+from service.engine.quantization import dtype_of, mixes_rows, rounds_to
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def choose_runner(
     `context` is the most tokens that a row may come to. Raises BaseModelError for a model that answers differently
     even alone once its keys and values are cached.
     """
-    dtype = _dtype(adapted)
+    dtype = dtype_of(adapted.model)
     layers = _text_config(adapted).num_hidden_layers
     backends: list[Callable[[], KVBackend]] = [
         lambda: SlotBackend(layers, dtype, device, budget),
@@ -78,11 +78,6 @@ def replay_agrees(runner: TransformersRunner, adapted: AdaptedModel, device: tor
     return agrees and runner.graphs.replayed == before + 1
 
 
-def _dtype(adapted: AdaptedModel) -> torch.dtype:
-    """What the model computes in: of its first parameter that is no packed integers."""
-    return next(p.dtype for p in adapted.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-
-
 def _why_not(adapted: AdaptedModel) -> str:
     """Why a model fails even alone."""
     if "past_key_values" not in inspect.signature(adapted.model.forward).parameters:
@@ -102,7 +97,7 @@ def _text_config(adapted: AdaptedModel) -> Any:
 
 
 def _tolerance(adapted: AdaptedModel, expected: Sequence[Tensor]) -> float:
-    eps = torch.finfo(rounds_to(adapted.model, _dtype(adapted))).eps
+    eps = torch.finfo(rounds_to(adapted.model)).eps
     return max(_TOLERANCE, 16 * eps) * _largest(expected)
 
 

@@ -23,6 +23,7 @@ from tests.pooling_factory import (
     CLS,
     CONTEXT,
     SEP,
+    VOCABULARY,
     HeadSpec,
     make_pool_adapter,
     peft_scores,
@@ -199,6 +200,24 @@ class TestLabels:
     def test_what_cannot_be_labels(self, server: InProcessServer, folder: Path, labels: Any) -> None:
         error_of(upload(server, folder / "three", "bad", labels=labels), 422, "bad_config")
 
+    @pytest.mark.parametrize(
+        "labels",
+        [
+            b'["a", "b", "\\ud800"]',
+            b'{"0": "a", "1": "b", "2": "c", "2": "d"}',
+            b'["a", "b", NaN]',
+            b'\xef\xbb\xbf["a", "b", "c"]',
+            b'["a", "b", "\xff"]',
+            b"[" * 100_000,
+            b"",
+        ],
+    )
+    def test_files_that_cannot_be_read_one_way(self, server: InProcessServer, folder: Path, labels: bytes) -> None:
+        """Half a surrogate pair is a Python string like any other, until an answer is to be written."""
+        files = {**parts(folder / "three"), "labels": ("labels.json", labels)}
+        refused = server.http.post("/v1/adapters", data={"name": "bad"}, files=files)
+        assert error_of(refused, 422, "bad_config")["param"] == "labels.json"
+
     def test_a_problem_type_of_its_own(self, server: InProcessServer, folder: Path, tmp_path: Path) -> None:
         many = changed(folder / "three", tmp_path / "a", problem_type="multi_label_classification")
         assert upload(server, many, "many").status_code == 201
@@ -311,7 +330,10 @@ class TestRefusals:
     def test_the_rest(self, server: InProcessServer) -> None:
         error_of(classify(server, "x", adapter="unknown"), 404, "adapter_not_found")
         error_of(classify(server, "x", adapter="two", stream=True), 400, "invalid_request")
-        error_of(classify(server, [5000], adapter="two"), 400, "invalid_request")
+        for id in (VOCABULARY, 10**30):
+            error = error_of(classify(server, ["x", [5, id]], adapter="two"), 400, "invalid_request")
+            assert (error["param"], f"input 1 holds the token id {id}" in error["message"]) == ("input", True)
+        assert data_of(classify(server, [VOCABULARY - 1], adapter="two"))
         error = error_of(classify(server, ["x"] * 300, adapter="two"), 400, "invalid_request")
         assert "300 inputs" in error["message"]
         assert error["param"] == "input"

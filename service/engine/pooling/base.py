@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.utils import cached_file
 
 from adapters.heads import ClassifierHead
+from adapters.quantized import holds_quantized
 from adapters.replacements import is_replaceable
 from service.engine.task import Pooling, Task
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 AUTO_CLASSES = {Task.CLASSIFY: AutoModelForSequenceClassification, Task.EMBED: AutoModel}
 
+_POOLER = "pooler"
+_LISTS_OF_PLAIN = ("llm_int8_skip_modules", "modules_to_not_convert")  # as bitsandbytes and the others call it
 _POOLING_CONFIG = "1_Pooling/config.json"
 _READ_POOLINGS = {
     "pooling_mode_mean_tokens": Pooling.MEAN,
@@ -52,22 +55,64 @@ class PooledBase:
     width: int = 0
 
 
-def load_model(task: Task, model: str, *, dtype: Any) -> tuple[Any, frozenset[str]]:
+def kept_plain(task: Task, model: Any) -> list[str]:
+    """The modules of a model, which may be on the meta device, that must not be quantized.
+
+    Of a classifier all but the encoder, as adapters bring heads of their own; and poolers, which they may bring too, as
+    some bases' files lack them.
+    """
+    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == _POOLER]
+    return [*_outside(model), *poolers] if task is Task.CLASSIFY else poolers
+
+
+def leave_new_head(task: Task, model: Any, config: Any) -> None:
+    """Has the head left as it is, where a checkpoint that is quantized already holds none: it is of another task.
+
+    `config` is changed. Lists of what is left are written for the model that was quantized, and so name its own head.
+    """
+    if task is not Task.CLASSIFY or type(model).__name__ in (config.architectures or ()):
+        return
+    given = config.quantization_config
+    for key in _LISTS_OF_PLAIN:
+        if isinstance(given, dict) and key in given:
+            given[key] = [*(given[key] or ()), *_outside(model)]
+
+
+def _outside(model: Any) -> list[str]:
+    """What a classifier has beside its encoder."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
+def load_model(task: Task, model: str, *, dtype: Any, **quantized: Any) -> tuple[Any, frozenset[str]]:
     """The model, and the names of the parameters that its files lack, which are zeros.
 
-    As they are drawn at random otherwise, one base would not be the same twice. Raises Unservable.
+    As they are drawn at random otherwise, one base would not be the same twice. `quantized` is what a quantized one is
+    loaded with besides. Raises Unservable.
     """
     loaded, info = AUTO_CLASSES[task].from_pretrained(
-        model, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        model, dtype=dtype, trust_remote_code=False, output_loading_info=True, **quantized
     )
     parameters = dict(loaded.named_parameters())
     missing = frozenset(info["missing_keys"]).intersection(parameters)
     encoder = "" if task is Task.EMBED else f"{loaded.base_model_prefix}."
-    if lacking := sorted(name for name in missing if name.startswith(encoder) and "pooler" not in name):
+    if lacking := sorted(name for name in missing if name.startswith(encoder) and _POOLER not in name):
         raise Unservable(f"its files lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
+    _check_plain(task, loaded)
     for name in missing:
         nn.init.zeros_(parameters[name])
     return loaded, missing
+
+
+def _check_plain(task: Task, loaded: Any) -> None:
+    """Raises Unservable where a checkpoint that is quantized already holds more than the encoder so."""
+    for kept in kept_plain(task, loaded):
+        for name, module in loaded.get_submodule(kept).named_modules(prefix=kept):
+            if holds_quantized(module):
+                raise Unservable(
+                    f"{name!r} is quantized in this checkpoint, and adapters bring their own in its place: quantize it "
+                    "without the head and the pooler (llm_int8_skip_modules or modules_to_not_convert), or give the "
+                    "checkpoint it was made from, with --quantization"
+                )
 
 
 def head_of(model: Any, untrained: frozenset[str]) -> ClassifierHead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,11 @@ from tests.pooling_factory import (
 )
 
 WEIGHTS = "model.safetensors"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CUT = [
+    ("abc", LETTERS), (LETTERS, "xy"), (LETTERS, None), ("ab", ""), ("", LETTERS), (LETTERS, LETTERS),
+    (LETTERS, LETTERS[1:]), (LETTERS[1:], LETTERS), (LETTERS * 9, LETTERS), (LETTERS, LETTERS * 9),
+]  # fmt: skip
 
 
 def load(path: Path, task: Task, **options: Any) -> LoadedBase:
@@ -169,6 +175,36 @@ class TestTokenizer:
                 assert list(encoded.ids) == expected["input_ids"]
                 assert list(encoded.types or [0] * len(encoded.ids)) == expected["token_type_ids"]
 
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("arch", POOL_ARCHS)
+    def test_cut_as_the_tokenizer_itself_does(self, arch: PoolArch, side: str) -> None:
+        """Whatever the file says of lengths, as sentence-transformers' do."""
+        tokenizer = word_tokenizer(arch)
+        tokenizer.truncation_side = side
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+        encoder = PairTokenizer(tokenizer)
+        for limit in range(5, 20):
+            for text, pair in CUT:
+                encoded = encoder.encode(text, pair, limit=limit)
+                expected = tokenizer(text, pair, truncation=True, max_length=limit)
+                assert list(encoded.ids) == expected["input_ids"]
+                types = expected.get("token_type_ids")
+                assert list(encoded.types or [0] * len(encoded.ids)) == (types or [0] * len(encoded.ids))
+
+    @pytest.mark.parametrize("limit", [None, 5])
+    def test_a_text_that_takes_long_holds_nobody_up(self, limit: int | None) -> None:
+        encoder = PairTokenizer(word_tokenizer("bert"))
+        slow = Slow(encoder._whole)
+        encoder._whole = slow
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(encoder.encode, "slow", limit=limit)
+            assert slow.reading.wait(20)
+            assert len(encoder.encode("abcdefgh", limit=limit).ids) == (limit or 10)
+            assert not waits.done()
+            slow.go_on.set()
+            assert len(waits.result(20).ids) == (limit or 6)
+
     def test_a_limit_that_holds_no_text(self) -> None:
         with pytest.raises(ValueError, match="2 of them are special"):
             PairTokenizer(word_tokenizer("bert")).encode("abc", limit=2)
@@ -179,6 +215,36 @@ class TestTokenizer:
         with ThreadPoolExecutor(8) as pool:
             lengths = list(pool.map(lambda case: len(encoder.encode(case[0], limit=case[1]).ids), cases))
         assert lengths == [34 if i % 2 else 5 for i in range(400)]
+
+
+class Slow:
+    """A tokenizer that does not come to the end of the text `slow` before it is told to go on."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.reading, self.go_on = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    @property
+    def backend_tokenizer(self) -> Slow:
+        return self
+
+    def __call__(self, text: str, pair: str | None) -> Any:
+        self._wait(text)
+        return self._tokenizer(text, pair)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self._wait(texts[0])
+        return self._tokenizer.backend_tokenizer.encode_batch_fast(texts, **options)
+
+    def _wait(self, text: str) -> None:
+        if text == "slow":
+            self.reading.set()
+            assert self.go_on.wait(20)
 
 
 class Odd(nn.Module):
