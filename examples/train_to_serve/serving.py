@@ -12,6 +12,8 @@ import httpx
 
 STARTS_WITHIN_S = 120
 
+_started: dict[str, subprocess.Popen[bytes]] = {}
+
 
 @contextmanager
 def running_server(*arguments: str, log: Path) -> Iterator[str]:
@@ -21,8 +23,10 @@ def running_server(*arguments: str, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "service", "serve", *arguments, "--port", str(port)]
     with log.open("w") as written, subprocess.Popen(command, stdout=written, stderr=written) as process:
+        url = f"http://127.0.0.1:{port}"
+        _started[url] = process
         try:
-            yield f"http://127.0.0.1:{port}"
+            yield url
         finally:
             process.terminate()
 
@@ -34,6 +38,8 @@ def client_of(url: str) -> httpx.Client:
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz").is_success:
                 return httpx.Client(base_url=url, timeout=60)
+        if url in _started and _started[url].poll() is not None:
+            break
         time.sleep(0.2)
     raise SystemExit(f"{url} does not become ready: see its log")
 
