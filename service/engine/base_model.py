@@ -133,7 +133,7 @@ def load_pretrained(
         wanted = _dtype(dtype, device)
         untrained: frozenset[str] = frozenset()
         _check_task(task, config)
-        if task is not Task.GENERATE and quantization != NONE:
+        if task.pools and quantization != NONE:
             raise Unservable(f"--quantization {quantization} is for --task generate so far; leave it out")
         quantized = loading_arguments(config, quantization, wanted, device)
         if task.pools:

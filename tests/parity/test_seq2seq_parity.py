@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.errors import UnsupportedCheckpoint
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
-from service.engine.base_model import BaseModelError, LoadedBase, load_base
+from service.engine.base_model import BaseModelError, LoadedBase, load_base, load_pretrained
 from service.engine.build import EngineOptions, build_engine
 from service.engine.engine import BatchEngine
 from service.engine.errors import InvalidRequest, OutputTooLong, PromptTooLong, WrongTask
@@ -83,12 +84,15 @@ class Bench:
     digests: dict[str, str] = field(default_factory=dict)
     forwards: list[int] = field(default_factory=list)
     base: LoadedBase | None = None
+    quantization: str = "none"
 
     @contextmanager
     def engine(self, *, started: bool = True, **options: Any) -> Iterator[BatchEngine]:
         """Not `started`, what is submitted before it is makes one batch: the adapters are loaded."""
         with ExitStack() as opened:
-            self.base = load_base(str(self.folder / "base"), device="cpu", task=Task.SEQ2SEQ)
+            self.base = load_base(
+                str(self.folder / "base"), device="cpu", task=Task.SEQ2SEQ, quantization=self.quantization
+            )
             store = AdapterStore(self.folder / f"data-{len(list(self.folder.iterdir()))}")
             opened.callback(store.close)
             registry = AdapterRegistry(
@@ -564,3 +568,34 @@ def test_layers_of_unequal_number_on_both_sides(tmp_path: Path) -> None:
             ids = torch.tensor([[model.config.decoder_start_token_id, *answer.tokens[:-1]]])
             best = loaded(input_ids=torch.tensor([prompt]), decoder_input_ids=ids, use_cache=False).logits[0].argmax(-1)
         assert best.tolist() == answer.tokens
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("arch", SEQ2SEQ_ARCHS)
+def test_over_a_quantized_base_they_are_pefts(arch: Seq2SeqArch, how: str, tmp_path: Path) -> None:
+    pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[how])
+    wide = {"d_kv": 16, "d_ff": 128} if arch != "bart" else {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    model = tiny_seq2seq(arch, d_model=64, **wide)
+    save_seq2seq(model, tmp_path / "base")
+    paths = {f"a{i}": make_seq2seq_adapter(model, Seq2SeqSpec(seed=i), tmp_path / f"a{i}") for i in range(2)}
+    bench = Bench(model, tmp_path, paths, quantization=how)
+    rows: list[str | None] = ["a0", None, "a1", "a0"]
+    with bench.engine(started=False) as engine:
+        asked = zip(rows, PROMPTS, strict=False)
+        requests = [bench.request(f"r{i}", {} if n is None else {n: 1.0}, p) for i, (n, p) in enumerate(asked)]
+        answers = ask(engine, requests)
+        assert bench.base is not None
+        assert bench.base.quantization == how
+    assert bench.forwards[0] == -len(rows)
+    for name, prompt, answer in zip(rows, PROMPTS, answers, strict=False):
+        plain = load_pretrained(
+            str(tmp_path / "base"), dtype="float32", device=torch.device("cpu"), quantization=how, task=Task.SEQ2SEQ
+        )
+        loaded = plain.model if name is None else PeftModel.from_pretrained(plain.model, str(paths[name])).eval()
+        likely = peft_logprobs(loaded, prompt, answer.tokens)
+        # On some CPUs bitsandbytes' kernel computes in bfloat16, whatever it is given.
+        assert [each.logprob for each in answer.logprobs] == pytest.approx(likely, abs=1e-3 if how == "int8" else 0.1)
+        if how == "int8":
+            assert answer.tokens == peft_generated(loaded, prompt, TOKENS)
+        dense = peft_logprobs(peft_loaded(model, paths[name] if name else None), prompt, answer.tokens)
+        assert likely != pytest.approx(dense, abs=1e-4), "nothing was quantized"
