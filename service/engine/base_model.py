@@ -134,7 +134,7 @@ def load_pretrained(
         untrained: frozenset[str] = frozenset()
         _check_task(task, config)
         if task.pools and quantization != NONE:
-            raise Unservable(f"--quantization {quantization} is for --task generate so far; leave it out")
+            raise Unservable(f"--quantization {quantization} is for --task generate and seq2seq; leave it out")
         quantized = loading_arguments(config, quantization, wanted, device)
         if task.pools:
             loaded, untrained = load_model(task, model, dtype=wanted)
