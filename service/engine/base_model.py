@@ -219,6 +219,14 @@ def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     return modules_of(*_without_weights(model, task))
 
 
+def is_encoder_decoder(model: str) -> bool:
+    """By its config alone. Raises BaseModelError."""
+    try:
+        return _is_encoder_decoder(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
+
+
 def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
     empty, config = _without_weights(model, task)

@@ -66,8 +66,10 @@ class Seq2SeqBase:
 def describe(model: Any) -> Seq2SeqBase:
     """What the configs of a loaded model say. Raises Unservable."""
     config, generation = model.config, model.generation_config
-    encoder = _longest(config.get_text_config(encoder=True), _ENCODER_LENGTHS)
-    decoder = _longest(config.get_text_config(decoder=True), _DECODER_LENGTHS)
+    if (getattr(config, "num_experts", None) or 0) > 1:
+        raise Unservable("it hands tokens to experts, whose layers cannot tell the rows of a batch apart")
+    encoder = _longest(getattr(config, "encoder", config), _ENCODER_LENGTHS)
+    decoder = _longest(getattr(config, "decoder", config), _DECODER_LENGTHS)
     usual = None
     if hasattr(config, "relative_attention_num_buckets"):  # no position is too far
         usual = encoder

@@ -24,7 +24,7 @@ class RowPositions:
         self._positions: Tensor | None = None
         for module in decoder.modules():
             names = inspect.signature(module.forward).parameters
-            if any(True for _ in module.children()) or not {_BY_ID, _BY_LENGTH} & names.keys():
+            if any(True for _ in module.children()) or _BY_LENGTH not in names:
                 continue
             look_up = self._by_id if _BY_ID in names else self._by_length
             module.forward = self._instead(module.forward, look_up, names)

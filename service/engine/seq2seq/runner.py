@@ -81,11 +81,13 @@ class Seq2SeqRunner:
         assert self.ragged or min(lengths) == longest
         padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self._device)
         columns = torch.arange(longest, device=self._device)
+        mask = (columns < torch.tensor(lengths, device=self._device)[:, None]).long()
+        answer = self._adapted.model.get_encoder()(input_ids=padded, attention_mask=mask)  # type: ignore[operator]
         step = self._kv.begin(rows, [1] * len(rows))
         cache = EncoderDecoderCache(step.cache, DynamicCache())
         output = self._adapted.model(
-            input_ids=padded,
-            attention_mask=(columns < torch.tensor(lengths, device=self._device)[:, None]).long(),
+            encoder_outputs=answer,
+            attention_mask=mask,
             decoder_input_ids=torch.full((len(rows), 1), self.rules.start, device=self._device),
             past_key_values=cache,
             use_cache=True,
@@ -96,7 +98,7 @@ class Seq2SeqRunner:
         self._kv.commit()
         self._cross, self._cross_bytes_per_token = grown, grown.bytes_per_token
         if self._states is None:
-            self._states = torch.zeros_like(output.encoder_last_hidden_state[:1, :1])
+            self._states = torch.zeros_like(answer.last_hidden_state[:1, :1])
         return token_logits
 
     def _decode(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -99,6 +99,15 @@ def test_inspect_holds_an_adapter_against_its_base(tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "no_target_matched"
 
 
+def test_init_makes_an_adapter_that_peft_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_seq2seq(shared_model("t5"), tmp_path / "t5")
+    command = ["init", "--model", str(base), "--r", "2", "--num-vectors", "8", "--vector-length", "8"]
+    assert main([*command, "--target-modules", "q,v,wo", "--output", str(tmp_path / "fresh")]) == 0
+    assert json.loads((tmp_path / "fresh" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    assert "SelfAttention.q" in str([*peft_loaded(shared_model("t5"), tmp_path / "fresh").state_dict()])
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("spec", [{}, {"bias": "all"}, {"modules_to_save": ("lm_head",)}])
 def test_a_blend_is_an_adapter_that_peft_loads(spec: dict[str, Any], tmp_path: Path) -> None:
     model = shared_model("bart")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.engine.events import Event, FinishReason, TokenEvent
+from service.engine.job import make_job
 from service.engine.pooling.base import Unservable
+from service.engine.selection import Selection
 from service.engine.seq2seq.base import DecodingRules, Seq2SeqBase, describe
 from service.engine.seq2seq.cross import CrossStates, Layers
 from service.engine.seq2seq.positions import RowPositions
+from service.engine.sequence import GenerationRequest, SamplingParams
+from service.engine.task import Task
 from tests.seq2seq_factory import tiny_seq2seq
 
 TOKEN_BYTES = 2 * 2 * 3 * 4  # two layers' keys and values, of one head with three features
@@ -141,11 +147,31 @@ class TestWhatFilesSay:
             describe(tiny_seq2seq("bart"))
         assert caplog.text == ""
 
+    def test_experts_are_refused(self) -> None:
+        model = tiny_seq2seq("t5", num_experts=8)
+        with pytest.raises(Unservable, match="hands tokens to experts"):
+            describe(model)
+
     def test_a_beginning_is_needed(self) -> None:
         model = tiny_seq2seq("bart")
-        model.config = SimpleNamespace(  # type: ignore[assignment]
-            max_position_embeddings=9, decoder_start_token_id=None, get_text_config=lambda **sides: model.config
-        )
+        model.config = SimpleNamespace(max_position_embeddings=9, decoder_start_token_id=None)  # type: ignore[assignment]
         model.generation_config.update(decoder_start_token_id=None, bos_token_id=None)
         with pytest.raises(Unservable, match="decoder_start_token_id"):
             describe(model)
+
+
+class Words:
+    """A tokenizer of words, with a space before each but the first: as SentencePiece's."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+@pytest.mark.parametrize(("task", "text"), [(Task.SEQ2SEQ, "w7 w8"), (Task.GENERATE, " w7 w8")])
+def test_an_output_is_no_continuation_of_its_prompt(task: Task, text: str) -> None:
+    events: list[Event] = []
+    request = GenerationRequest("r", (1, 2), SamplingParams(), Selection(), task=task)
+    job = make_job(request, events.append, Words(), lambda job: None)
+    for token, reason in ((7, None), (8, FinishReason.LENGTH)):
+        job.take_token(job.choices[0], token, reason, None, hidden=False)
+    assert "".join(event.text for event in events if isinstance(event, TokenEvent)) == text
