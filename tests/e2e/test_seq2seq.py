@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,8 +51,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def test_the_log_shows_how_to_ask(case: Case) -> None:
-    log = "".join(case.server.log)
-    assert f"{case.server.url}/v1/generate" in log
+    pause, until = threading.Event(), time.monotonic() + 20
+    while f"{case.server.url}/v1/generate" not in (log := "".join(case.server.log)):  # the last that it says
+        assert time.monotonic() < until, log
+        pause.wait(0.01)
     assert "summarize" in log
 
 
