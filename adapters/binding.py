@@ -15,7 +15,7 @@ from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
 from adapters.quantized import is_quantized
 from adapters.reading import AnyLayout
-from adapters.replacements import origin
+from adapters.replacements import SHARED_BY_ROWS, origin
 from adapters.safetensors_header import TensorSpec
 from adapters.targets import check_binding
 
@@ -74,6 +74,12 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
     if own is None:
         raise UnexpectedTensor(
             f"the file holds {spec.key!r}, but the base model has no {owner}.{attribute}", subject=spec.key
+        )
+    if owner.endswith(SHARED_BY_ROWS):
+        raise UnsupportedCheckpoint(
+            f"the adapter saves {owner!r}, which the model looks up once for all rows of a batch: nothing of one row's "
+            "own can stand in its place: train without saving it",
+            subject=spec.key,
         )
     if not model.can_replace(owner):
         raise UnsupportedCheckpoint(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapters.heads import ClassifierHead
 from adapters.packed import own_value
-from adapters.replacements import RowReplacements, is_replaceable
+from adapters.replacements import SHARED_BY_ROWS, RowReplacements, is_replaceable
 from adapters.targets import BaseModules
 
 
@@ -79,7 +79,9 @@ class AdaptedModel:
         self.moved: set[str] = set()  # modules with a parameter in another place than at load: a Merger's doing
         self.siblings: Mapping[str, Sequence[str]] = {}  # of a linear layer, those that read the same input
         self._leaves: dict[str, nn.Module] = {
-            name: module for name, module in model.named_modules() if name in modules.layers or is_replaceable(module)
+            name: module
+            for name, module in model.named_modules()
+            if name in modules.layers or (is_replaceable(module) and not name.endswith(SHARED_BY_ROWS))
         }
         for name, leaf in self._leaves.items():
             parent, _, attribute = name.rpartition(".")

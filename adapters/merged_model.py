@@ -194,15 +194,15 @@ class MergedModel:
 
     def _check(self, places: Mapping[str, Place], outputs: Mapping[str, str], architecture: Architecture) -> None:
         for parameter in places:
-            if parameter not in outputs:
-                raise _not_held(parameter)
-            shared = architecture.shared[parameter]
+            shared = architecture.shared.get(parameter, ())
             if len(shared) > 1:
                 raise InvalidSelection(
                     f"the selection changes {parameter!r}, which this architecture always shares with "
                     f"{next(name for name in shared if name != parameter)!r}: it cannot be folded in",
                     subject=parameter,
                 )
+            if parameter not in outputs:
+                raise _not_held(parameter)
             own, expected = self._weights.specs[outputs[parameter]], architecture.model.tensor(parameter)
             assert expected is not None, "the adapter was bound"
             if own.dtype not in MERGED_DTYPES or own.shape != tuple(expected.shape):

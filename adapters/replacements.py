@@ -20,6 +20,10 @@ from adapters.errors import InvalidSelection
 Parameters = Mapping[str, Tensor]  # a module's parameters by attribute ("weight", "bias")
 
 
+# T5 looks these up by the distances between tokens, once for all rows of a batch.
+SHARED_BY_ROWS = "relative_attention_bias"
+
+
 def is_replaceable(module: nn.Module) -> bool:
     """Whether a module's parameters can differ from row to row: a leaf that maps every token on its own."""
     if not any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.children()):

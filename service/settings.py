@@ -76,9 +76,10 @@ class Settings:
 
     model: str | None = _setting(TEXT, None, "The base model: a Hugging Face directory or Hub id. `serve` needs it.")
     task: str = _setting(
-        choice("generate", "classify", "embed"),
+        choice("generate", "seq2seq", "classify", "embed"),
         "generate",
-        "What the server does: generate text, classify texts (/v1/classify), or embed them (/v1/embeddings).",
+        "What the server does: generate text, by a decoder or (seq2seq) an encoder and a decoder, classify texts "
+        "(/v1/classify), or embed them (/v1/embeddings).",
     )
     served_model_name: str | None = _setting(
         TEXT, None, "What the API calls the base model.", shown="its Hub id, or the last part of its path"
@@ -120,7 +121,9 @@ class Settings:
     max_batch_size: int = _setting(whole(1), 16, "Sequences that run together.")
     max_queue: int = _setting(whole(1), 256, "Sequences that may wait; beyond them a request is refused with 429.")
     max_context: int = _setting(
-        whole(0), 0, "Most tokens of a request, prompt and output together. 0: the model's limit."
+        whole(0),
+        0,
+        "Most tokens of a request, prompt and output together; with --task seq2seq, of each. 0: the model's limit.",
     )
     kv_memory: int = _setting(BYTES, 2 << 30, "Memory for keys and values: of running rows, and of prefixes kept.")
     default_max_tokens: int = _setting(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapters.low_rank import LowRankBatch
 from service.engine.kv.backend import Blocks
+from service.engine.sequence import RowLength
 
 VOCABULARY = 50
 TOKEN_BYTES = 16  # of a block: a token's id as its key and as its value
@@ -36,9 +37,9 @@ class FakeRunner:
     def rows(self) -> int:
         return len(self.texts)
 
-    def spare(self, lengths: Sequence[int]) -> int:
+    def spare(self, lengths: Sequence[RowLength]) -> int:
         room = 1 << 40 if self.room is None else self.room
-        return room - len(lengths) * max(lengths, default=0) * TOKEN_BYTES
+        return room - len(lengths) * max((length.total for length in lengths), default=0) * TOKEN_BYTES
 
     @property
     def kv_bytes(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, AdapterStore
 from adapters.targets import BaseModules
+from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern
 from service.api.keys import KeyRing, key_of
@@ -25,6 +26,10 @@ from service.engine.selection import BASE, Selection
 from service.engine.task import Task
 
 _REGISTRATIONS_AT_ONCE = 4  # each holds a whole checkpoint in memory
+_NOT_CONTINUED = (
+    "this server was started with --task seq2seq: its encoder reads a prompt and its decoder writes a text of its own, "
+    "by /v1/generate and /v1/completions. For this route, use a server that was started with --task generate"
+)
 _FETCHES_AT_ONCE = 8  # each may wait long for a network: not in the threads that all requests share
 
 
@@ -230,12 +235,15 @@ async def check_room(state: Annotated[ServerState, Depends(server_state)]) -> No
     state.engine.check_room()
 
 
-def serves(task: Task) -> Any:
+def serves(*tasks: Task) -> Any:
     """A dependency of routes that a server of another task refuses, before anything else."""
 
     async def check(state: Annotated[ServerState, Depends(server_state)]) -> None:
-        if state.task is not task:
-            raise WrongTask(task, state.task)
+        if state.task in tasks:
+            return
+        if state.task is Task.SEQ2SEQ and tasks == (Task.GENERATE,):
+            raise ApiError(WrongTask.code, _NOT_CONTINUED)
+        raise WrongTask(tasks[0], state.task)
 
     return Depends(check)
 
@@ -249,4 +257,5 @@ async def tenant_of(request: Request) -> str:
 State = Annotated[ServerState, Depends(server_state)]
 Tenant = Annotated[str, Depends(tenant_of)]
 HAS_ROOM = Depends(check_room)
-GENERATES = serves(Task.GENERATE)
+CONTINUES = serves(Task.GENERATE)  # what goes before
+GENERATES = serves(Task.GENERATE, Task.SEQ2SEQ)

@@ -20,7 +20,8 @@ class FieldNames:
     def in_clients_words(self, error: EngineError) -> EngineError | ApiError:
         """The refusal, naming the client's fields."""
         if isinstance(error, ContextLengthExceeded):
-            return ApiError(error.code, error.describe(self.prompt, self.max_new_tokens), param=self.prompt)
+            param = self.max_new_tokens if error.about == "max_new_tokens" else self.prompt
+            return ApiError(error.code, error.describe(self.prompt, self.max_new_tokens), param=param)
         if isinstance(error, TooManyChoices):
             return ApiError(error.code, error.describe(self.choices), param=self.n)
         if error.param == "prompt":

@@ -86,6 +86,7 @@ def generations(
             tenant=tenant,
             timeout_s=timeout_of(body.timeout_s, state.settings.request_timeout_s),
             grammar=grammar,
+            task=state.task,
         )
         for i, prompt_ids in enumerate(prompts)
     ]

@@ -13,10 +13,11 @@ from service.commands.output import working
 
 @dataclass(frozen=True, slots=True)
 class BaseSkeleton:
-    """A base model's modules, and the names that mean it."""
+    """A base model's modules, the names that mean it, and whether it has an encoder beside its decoder."""
 
     modules: BaseModules
     identity: BaseIdentity
+    is_encoder_decoder: bool = False
 
     @property
     def hub_id(self) -> str | None:
@@ -28,11 +29,17 @@ def read_base(model: str, task_type: str | None = None) -> BaseSkeleton:
     """Reads the config of a base model, as adapters of a PEFT `task_type` see it. Raises CommandError."""
     check_model(model)
     with working(f"Reading the config of {model}"):
-        from service.engine.base_model import BaseModelError, identify, skeleton  # transformers: seconds to import
+        from service.engine.base_model import (  # transformers: seconds to import
+            BaseModelError,
+            identify,
+            is_encoder_decoder,
+            skeleton,
+        )
         from service.engine.task import Task
 
         try:
-            return BaseSkeleton(skeleton(model, Task.of_adapter(task_type)), identify(model, None, ()))
+            modules = skeleton(model, Task.of_adapter(task_type))
+            return BaseSkeleton(modules, identify(model, None, ()), is_encoder_decoder(model))
         except BaseModelError as error:
             raise CommandError(str(error)) from error
 

@@ -54,7 +54,7 @@ def plan(options: InitOptions, base: BaseSkeleton) -> tuple[VBLoRAConfig, list[L
         {
             **options.fields,
             "peft_type": "VBLORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
             "target_modules": _targets(options.target_modules),
             "base_model_name_or_path": options.base_name or base.hub_id,
         }

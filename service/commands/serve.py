@@ -198,6 +198,7 @@ def url_of(listener: socket.socket) -> str:
 
 _EXAMPLES: Mapping[Task, tuple[str, Mapping[str, object]]] = {
     Task.GENERATE: ("/v1/generate", {"prompt": "Once upon a time", "max_new_tokens": 32}),
+    Task.SEQ2SEQ: ("/v1/generate", {"prompt": "summarize: It rained. It rained all day.", "max_new_tokens": 32}),
     Task.CLASSIFY: ("/v1/classify", {"input": "What a lovely day!"}),
     Task.EMBED: ("/v1/embeddings", {"input": "What a lovely day!"}),
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from adapters.binding import BaseIdentity
 from adapters.layers import AdaptedModel
@@ -42,6 +42,8 @@ from service.engine.quantization import (
     stored_tensors,
     weight_bytes,
 )
+from service.engine.seq2seq.base import Seq2SeqBase
+from service.engine.seq2seq.base import describe as describe_seq2seq
 from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
@@ -83,6 +85,7 @@ class LoadedBase:
     created: int
     task: Task = Task.GENERATE
     pooled: PooledBase | None = None  # of a task that pools
+    seq2seq: Seq2SeqBase | None = None  # of an encoder-decoder
 
     @property
     def modules(self) -> BaseModules:
@@ -91,7 +94,8 @@ class LoadedBase:
     @property
     def usual_context(self) -> int:
         """What its files would have texts cut to, which may be less than it can read."""
-        return (self.pooled and self.pooled.usual_context) or self.context
+        own = self.pooled or self.seq2seq
+        return (own and own.usual_context) or self.context
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,12 +142,13 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         wanted = _dtype(dtype, device)
         untrained: frozenset[str] = frozenset()
+        _check_task(task, config)
         if task.pools:
             quantized = _pooling_arguments(task, model, config, quantization, wanted, device)
             loaded, untrained = load_model(task, model, dtype=wanted, **quantized)
         else:
             quantized = loading_arguments(config, quantization, wanted, device)
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
+            loaded = _auto_class(task).from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
         loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
         prepare(loaded)
@@ -187,13 +192,15 @@ def load_base(
     where = pick_device(device)
     pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task)
     config, loaded = pretrained.config, pretrained.model
-    pooled = head = None
-    if task.pools:
-        try:
+    pooled = head = seq2seq = None
+    try:
+        if task.pools:
             head = head_of(loaded, pretrained.untrained) if task is Task.CLASSIFY else None
             pooled = describe(task, model, loaded.config, pretrained.tokenizer, loaded, pooling, normalize)
-        except Unservable as error:
-            raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
+        if task is Task.SEQ2SEQ:
+            seq2seq = describe_seq2seq(loaded)
+    except Unservable as error:
+        raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
     counted = loaded if pretrained.quantization is None else _without_weights(model, task)[0]
@@ -211,7 +218,7 @@ def load_base(
         identity=identity,
         device=where,
         dtype=loaded.dtype,
-        context=min(_context(config), (pooled and pooled.context) or sys.maxsize),
+        context=_context(config, pooled) if seq2seq is None else seq2seq.context,
         vocabulary=pretrained.vocabulary,
         eos_token_ids=frozenset() if task.pools else pretrained.eos_token_ids,
         parameters=parameters,
@@ -221,6 +228,7 @@ def load_base(
         created=int(time.time()),
         task=task,
         pooled=pooled,
+        seq2seq=seq2seq,
     )
 
 
@@ -232,6 +240,14 @@ def modules_of(model: Any, config: Any) -> BaseModules:
 def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
     return modules_of(*_without_weights(model, task))
+
+
+def is_encoder_decoder(model: str) -> bool:
+    """By its config alone. Raises BaseModelError."""
+    try:
+        return _is_encoder_decoder(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
 
 
 def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
@@ -248,11 +264,33 @@ def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
     """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        if task is Task.GENERATE and _is_encoder_decoder(config):
+            task = Task.SEQ2SEQ  # PEFT's adapters may name no task
         with torch.device("meta"):
-            kind = AUTO_CLASSES[task] if task.pools else AutoModelForCausalLM
-            return kind.from_config(config, trust_remote_code=False), config
+            return _auto_class(task).from_config(config, trust_remote_code=False), config
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
+
+
+def _auto_class(task: Task) -> Any:
+    """The class that transformers loads a base for this task with."""
+    if task.pools:
+        return AUTO_CLASSES[task]
+    return AutoModelForSeq2SeqLM if task is Task.SEQ2SEQ else AutoModelForCausalLM
+
+
+def _is_encoder_decoder(config: Any) -> bool:
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _check_task(task: Task, config: Any) -> None:
+    """Raises Unservable for an encoder-decoder that is to continue texts, and for a model that is none."""
+    if task is Task.GENERATE and _is_encoder_decoder(config):
+        raise Unservable(f"{config.model_type} models are encoder-decoders: start the server with --task seq2seq")
+    if task is Task.SEQ2SEQ and not _is_encoder_decoder(config):
+        raise Unservable(
+            f"{config.model_type} models have no encoder and decoder: start the server with --task generate"
+        )
 
 
 def pick_device(device: str) -> torch.device:
@@ -302,7 +340,7 @@ def fingerprint_of(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _context(config: Any) -> int:
+def _context(config: Any, pooled: PooledBase | None) -> int:
     """The most tokens of a row.
 
     With LongRoPE, no more than the model was first trained on: beyond, the longest row of a batch decides how the
@@ -313,7 +351,7 @@ def _context(config: Any) -> int:
     limit = min([longest, *_lengths_that_change_positions(text)])
     if limit < longest:
         log.warning("%s turns positions otherwise beyond %d tokens: that is the context", config.model_type, limit)
-    return limit
+    return min(limit, (pooled and pooled.context) or limit)
 
 
 def _lengths_that_change_positions(config: Any) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapters.factors import FactorStack
 from adapters.merge import Merger
@@ -17,6 +17,7 @@ from service.engine.pooling.build import build_pooling_engine
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits
 from service.engine.self_test import choose_runner
+from service.engine.seq2seq.build import build_seq2seq_engine
 from service.engine.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,11 @@ def build_engine(
     if base.task.pools:
         rows = _limits(options, base.vocabulary)
         return build_pooling_engine(base, registry, rows, doors, tokens=options.pooled_tokens)
+    if base.seq2seq is not None:
+        prompt, output = base.seq2seq.limits(options.max_context)
+        doors = replace(doors, max_context=prompt, max_output=output)
+        rows, auto_merge = _limits(options, base.vocabulary), options.auto_merge
+        return build_seq2seq_engine(base, registry, rows, doors, kv_memory=options.kv_memory, auto_merge=auto_merge)
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()

@@ -26,7 +26,9 @@ from service.engine.errors import (
     ContextLengthExceeded,
     EngineUnavailable,
     InvalidRequest,
+    OutputTooLong,
     Overloaded,
+    PromptTooLong,
     TooManyChoices,
     WrongTask,
 )
@@ -36,7 +38,7 @@ from service.engine.graphs.decode import DecodeGraphs
 from service.engine.job import Job, make_job
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
-from service.engine.sequence import GenerationRequest, SequenceStatus
+from service.engine.sequence import GenerationRequest, RowLength, SequenceStatus
 from service.engine.task import Task
 from service.engine.threads import compute_with
 
@@ -49,12 +51,26 @@ _MOST_OVERTAKEN = 64  # a request that waits for memory is let pass by so many l
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """`max_context` in tokens, prompt and output together; `max_queue` in choices accepted and not yet running."""
+    """`max_context` in tokens, prompt and output together; `max_queue` in choices accepted and not yet running.
+
+    Where an encoder reads the prompts, `max_context` is for those alone and `max_output` for what a decoder writes.
+    """
 
     max_context: int
     vocabulary: int
     max_queue: int = 256
     task: Task = Task.GENERATE
+    max_output: int | None = None
+
+    def check_length(self, length: RowLength) -> None:
+        """Raises ContextLengthExceeded."""
+        if self.max_output is not None:
+            if length.prompt > self.max_context:
+                raise PromptTooLong(length.prompt, length.output, self.max_context)
+            if length.output > self.max_output:
+                raise OutputTooLong(length.prompt, length.output, self.max_output)
+        elif length.total > self.max_context:
+            raise ContextLengthExceeded(length.prompt, length.output, self.max_context)
 
 
 class BatchEngine:
@@ -212,18 +228,13 @@ class BatchEngine:
     def _check(self, request: GenerationRequest) -> None:
         if request.task is not self._limits.task:
             raise WrongTask(request.task, self._limits.task)
-        prompt, context = len(request.prompt_ids), self._limits.max_context
-        if prompt == 0:
+        if not request.prompt_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
-        if prompt + request.params.max_new_tokens > context:
-            raise ContextLengthExceeded(
-                prompt_tokens=prompt, max_new_tokens=request.params.max_new_tokens, context=context
-            )
-        longest = prompt + request.params.max_new_tokens
-        if not self._worker.can_ever_run(longest):
+        self._limits.check_length(request.final_length)
+        if not self._worker.can_ever_run(request.final_length):
             raise InvalidRequest(
-                f"keys and values of {longest} tokens take more memory than --kv-memory allows; shorten the prompt or "
-                "ask for fewer tokens",
+                f"keys and values of {request.final_length.total} tokens take more memory than --kv-memory allows; "
+                "shorten the prompt or ask for fewer tokens",
                 param="prompt",
             )
         biased = (token for token, _ in request.params.logit_bias)

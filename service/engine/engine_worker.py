@@ -10,7 +10,7 @@ from adapters.merge import FoldReport
 from service.engine.folding import Folding
 from service.engine.job import Job
 from service.engine.selection import Selection
-from service.engine.sequence import Sequence
+from service.engine.sequence import RowLength, Sequence
 
 
 class EngineWorker(Protocol):
@@ -40,7 +40,7 @@ class EngineWorker(Protocol):
     @property
     def running(self) -> list[Sequence]: ...
 
-    def can_ever_run(self, length: int) -> bool: ...
+    def can_ever_run(self, length: RowLength) -> bool: ...
 
     @property
     def has_work(self) -> bool: ...

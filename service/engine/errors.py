@@ -5,6 +5,8 @@
     │   └── TooManyChoices       more than the queue takes
     ├── WrongTask                this server was started for another task
     ├── ContextLengthExceeded    prompt and new tokens do not fit the context
+    │   ├── PromptTooLong        for an encoder
+    │   └── OutputTooLong        for a decoder beside one
     ├── Overloaded               the queue is full; `retry_after_s` says when to come back
     └── EngineUnavailable        loading, draining, or its thread has died
 
@@ -57,18 +59,41 @@ class WrongTask(EngineError):
 
 class ContextLengthExceeded(EngineError):
     code = "context_length_exceeded"
+    about: ClassVar[str] = "prompt"  # the field to change
 
-    def __init__(self, *, prompt_tokens: int, max_new_tokens: int, context: int) -> None:
+    def __init__(self, prompt_tokens: int, max_new_tokens: int, context: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.context = context
-        super().__init__(self.describe(), param="prompt")
+        super().__init__(self.describe(), param=self.about)
 
     def describe(self, prompt: str = "prompt", max_new_tokens: str = "max_new_tokens") -> str:
         """The message, with the names that a client has for the two."""
         return (
             f"the context of {self.context} tokens does not hold the {self.prompt_tokens} of the {prompt} and "
             f"{self.max_new_tokens} more ({max_new_tokens}): shorten the {prompt} or ask for fewer tokens"
+        )
+
+
+class PromptTooLong(ContextLengthExceeded):
+    """More than an encoder reads; `context` is what it does."""
+
+    def describe(self, prompt: str = "prompt", max_new_tokens: str = "max_new_tokens") -> str:
+        return (
+            f"the encoder reads at most {self.context} tokens and the {prompt} has {self.prompt_tokens}: shorten the "
+            f"{prompt}"
+        )
+
+
+class OutputTooLong(ContextLengthExceeded):
+    """More than a decoder writes, whatever the prompt; `context` is what it does."""
+
+    about = "max_new_tokens"
+
+    def describe(self, prompt: str = "prompt", max_new_tokens: str = "max_new_tokens") -> str:
+        return (
+            f"the decoder writes at most {self.context} tokens and {max_new_tokens} is {self.max_new_tokens}: ask for "
+            "fewer tokens"
         )
 
 

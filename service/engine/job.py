@@ -181,7 +181,7 @@ def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_e
         Choice(
             Sequence(request, i, now),
             choice_generator(seed, i),
-            TextStream(decoder, request.params.stop, request.prompt_ids),
+            TextStream(decoder, request.params.stop, request.continued_ids),
             None if request.grammar is None else request.grammar.start(),
         )
         for i in range(request.n)

@@ -13,6 +13,7 @@ from adapters.layers import AdaptedModel
 from adapters.low_rank import LowRankBatch
 from service.engine.graphs.decode import DecodeGraphs
 from service.engine.kv.backend import Blocks, KVBackend
+from service.engine.sequence import RowLength
 
 
 class ModelRunner(Protocol):
@@ -29,7 +30,7 @@ class ModelRunner(Protocol):
         """Whether the rows of one `extend` may take different numbers of tokens."""
         ...
 
-    def spare(self, lengths: Sequence[int]) -> int:
+    def spare(self, lengths: Sequence[RowLength]) -> int:
         """Bytes of the memory for keys and values left beside rows grown to these lengths; negative: they do not fit.
 
         May be asked from any thread.
@@ -92,8 +93,8 @@ class TransformersRunner:
     def ragged(self) -> bool:
         return self.kv.ragged
 
-    def spare(self, lengths: Sequence[int]) -> int:
-        return self.kv.spare(lengths)
+    def spare(self, lengths: Sequence[RowLength]) -> int:
+        return self.kv.spare([length.total for length in lengths])
 
     @property
     def kv_bytes(self) -> tuple[int, int]:

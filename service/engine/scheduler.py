@@ -16,9 +16,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from service.engine.selection import Mode, Selection
-from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.sequence import RowLength, Sequence, SequenceStatus
 
-Lengths = Seq[int]
+Lengths = Seq[RowLength]
 
 _LEAST_CHUNK = 32  # tokens of a prompt that is cut: a forward for fewer costs as much
 
@@ -28,13 +28,14 @@ class Limits:
     """`max_batch_size` rows, and beside them `reserve` for selections without one; `prefill_tokens` in one step.
 
     Of these at most `scored_tokens` are of prompts whose log-probabilities are asked for: each needs a whole row of
-    token logits.
+    token logits. With `whole_prompts` none is cut, and the first of a step may be longer than what it has room for.
     """
 
     max_batch_size: int = 16
     reserve: int = 0
     prefill_tokens: int = 512
     scored_tokens: int = sys.maxsize
+    whole_prompts: bool = False
 
     @classmethod
     def solo(cls) -> Limits:
@@ -110,12 +111,13 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in sorted((s for s in self._running if s.is_prefilling), key=lambda s: self._served[s.share]):
             rest = sequence.request.prompt_ids[sequence.prefilled :]
-            least = min(len(rest), _LEAST_CHUNK) if chunks else 0
+            least = (len(rest) if self._limits.whole_prompts else min(len(rest), _LEAST_CHUNK)) if chunks else 0
             if room < least:
                 break
             if sequence.is_scored and scored_room < least:
                 continue
-            tokens = rest[: min(room, scored_room) if sequence.is_scored else room]
+            most = len(rest) if self._limits.whole_prompts else room
+            tokens = rest[: min(most, scored_room) if sequence.is_scored else most]
             room -= len(tokens)
             scored_room -= len(tokens) if sequence.is_scored else 0
             chunks.append(Chunk(sequence, tokens))

@@ -74,6 +74,27 @@ class GenerationRequest:
     task: Task = Task.GENERATE
     token_types: tuple[int, ...] | None = None
 
+    @property
+    def final_length(self) -> RowLength:
+        return RowLength(len(self.prompt_ids), self.params.max_new_tokens)
+
+    @property
+    def continued_ids(self) -> tuple[int, ...]:
+        """What its output continues: the prompt, unless an encoder reads that."""
+        return () if self.task is Task.SEQ2SEQ else self.prompt_ids
+
+
+@dataclass(frozen=True, slots=True)
+class RowLength:
+    """The most tokens that a row may come to. Where an encoder reads the prompt, the two are kept apart."""
+
+    prompt: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.output
+
 
 class SequenceStatus(Enum):
     WAITING = auto()
@@ -111,9 +132,9 @@ class Sequence:
         return self.params.prompt_logprobs is not None and self.choice == 0
 
     @property
-    def final_length(self) -> int:
-        """The most tokens that it may come to, prompt included: what memory is reserved for."""
-        return len(self.request.prompt_ids) + self.params.max_new_tokens
+    def final_length(self) -> RowLength:
+        """The most tokens that it may come to: what memory is reserved for."""
+        return self.request.final_length
 
     @property
     def share(self) -> Hashable:

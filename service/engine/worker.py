@@ -34,7 +34,7 @@ from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
 from service.engine.scheduler import Chunk, Limits, Scheduler
 from service.engine.selection import Selection
-from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.sequence import RowLength, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,11 @@ class Worker:
         prefixes: PrefixCache | None = None,
         auto_merge: AutoMerge | None = None,
         stack: FactorStack | None = None,
+        opening: Seq[int] | None = None,
     ) -> None:
+        """`opening` is what every output begins after where an encoder reads the prompts; None: after its prompt."""
         self._runner = runner
+        self._opening = opening
         self._scheduler = Scheduler(limits)
         self._eos = eos_token_ids
         self._prefixes = prefixes
@@ -86,7 +89,7 @@ class Worker:
         """What the running rows' tokens take, and all the memory for keys and values. From any thread."""
         return self._runner.kv_bytes
 
-    def can_ever_run(self, length: int) -> bool:
+    def can_ever_run(self, length: RowLength) -> bool:
         """Whether a row may grow to this length when it has all the memory to itself. From any thread."""
         return self._runner.spare([length]) >= 0
 
@@ -143,7 +146,7 @@ class Worker:
             self._scheduler.remove_finished()
             self._runner.keep([])
 
-    def _fits(self, lengths: Seq[int]) -> bool:
+    def _fits(self, lengths: Seq[RowLength]) -> bool:
         """Whether rows of these lengths fit; cached prefixes make room for them."""
         spare = self._runner.spare(lengths)
         if self._prefixes is not None and spare >= 0:
@@ -298,7 +301,7 @@ class Worker:
                     job.finish_without_tokens(choice)
             else:
                 with self._blaming(sequence):
-                    rows[i] = _sampling_row(choice)
+                    rows[i] = self._sampling_row(choice)
         if not rows:
             return
         for i, token in self._sample([sequence for sequence, _ in answers], token_logits, rows).items():
@@ -340,6 +343,16 @@ class Worker:
         self.completion_tokens += 1
         job.take_token(choice, token, reason, logprob, hidden=ends)
 
+    def _sampling_row(self, choice: Choice) -> SamplingRow:
+        sequence = choice.sequence
+        return SamplingRow(
+            sequence.params,
+            choice.generator,
+            sequence.request.prompt_ids if self._opening is None else self._opening,
+            sequence.output_ids,
+            None if choice.guide is None else choice.guide.allowed(),
+        )
+
     @contextmanager
     def _blaming(self, sequence: Sequence) -> Iterator[None]:
         """What goes wrong with one row's token ends its request."""
@@ -366,17 +379,6 @@ class Worker:
         log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
         for sequence in sequences:
             self._owners[sequence][0].fail(*failure(error))
-
-
-def _sampling_row(choice: Choice) -> SamplingRow:
-    sequence = choice.sequence
-    return SamplingRow(
-        sequence.params,
-        choice.generator,
-        sequence.request.prompt_ids,
-        sequence.output_ids,
-        None if choice.guide is None else choice.guide.allowed(),
-    )
 
 
 def _broken(token_logits: Tensor) -> Tensor:

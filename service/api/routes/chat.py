@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.chat import render_chat, template_of
 from service.api.chat_writer import ChatWriter
-from service.api.deps import GENERATES, HAS_ROOM, ServerState, State, Tenant
+from service.api.deps import CONTINUES, HAS_ROOM, ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.field_names import FieldNames
 from service.api.openai import envelope, generations, select
@@ -28,7 +28,7 @@ _FIELDS = FieldNames("messages", "max_tokens")
 
 @router.post(
     "/v1/chat/completions",
-    dependencies=[GENERATES, HAS_ROOM],
+    dependencies=[CONTINUES, HAS_ROOM],
     response_model=ChatResponse,
     response_model_exclude_unset=True,
     responses=streaming_responses(),

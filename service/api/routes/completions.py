@@ -16,6 +16,7 @@ from service.api.receipt import ReceiptWriter
 from service.api.respond import respond
 from service.api.schemas.common import streaming_responses
 from service.api.schemas.completions import CompletionRequest, CompletionResponse
+from service.api.seq2seq import check_offered
 from service.api.structure import grammar_of
 
 router = APIRouter(tags=["openai"])
@@ -50,6 +51,7 @@ async def completions(
 
 def _prepare(state: ServerState, tenant: str, body: CompletionRequest) -> CompletionWriter:
     """Reads the store, tokenizes and compiles: not for the event loop."""
+    check_offered(state, body)
     selection = select(state, tenant, body)
     answer = envelope(state, "cmpl", body, selection)
     prompts = [encode_prompt(state.tokenizer, prompt) for prompt in body.prompts]

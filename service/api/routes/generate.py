@@ -24,6 +24,7 @@ from service.api.schemas.generate import (
 )
 from service.api.schemas.selected import SelectionView
 from service.api.selection import resolve
+from service.api.seq2seq import check_offered
 from service.api.sse import DONE, data_frame
 from service.engine.events import FinishedEvent, TokenEvent
 from service.engine.sequence import GenerationRequest
@@ -100,6 +101,7 @@ class _Writer:
 
 def _prepare(state: ServerState, tenant: str, body: GenerateRequest) -> _Writer:
     """Reads the store and tokenizes: not for the event loop."""
+    check_offered(state, body)
     selection = resolve(state, tenant, body.selection_spec())
     prompt_ids = encode_prompt(state.tokenizer, body.prompt)
     request = GenerationRequest(
@@ -110,6 +112,7 @@ def _prepare(state: ServerState, tenant: str, body: GenerateRequest) -> _Writer:
         n=body.n,
         tenant=tenant,
         timeout_s=timeout_of(body.timeout_s, state.settings.request_timeout_s),
+        task=state.task,
     )
     text = body.prompt if isinstance(body.prompt, str) else state.tokenizer.decode(prompt_ids)
     choices = ChoiceWriter(state.tokenizer, with_logprobs=body.logprobs is not None)

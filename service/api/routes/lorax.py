@@ -8,7 +8,7 @@ from functools import partial
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from service.api.deps import GENERATES, HAS_ROOM, ServerState, State, Tenant
+from service.api.deps import CONTINUES, HAS_ROOM, ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.field_names import FieldNames
 from service.api.generation import encode_prompt, new_generation_id
@@ -26,7 +26,7 @@ _FIELDS = FieldNames("inputs", "parameters.max_new_tokens")
 _RESPONSES = streaming_responses("The text; in a stream, an event for each token")
 
 
-@router.post("/generate", response_model=LoraxResponse, responses=_RESPONSES, dependencies=[GENERATES, HAS_ROOM])
+@router.post("/generate", response_model=LoraxResponse, responses=_RESPONSES, dependencies=[CONTINUES, HAS_ROOM])
 async def lorax_generate(
     body: LoraxRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:
@@ -35,7 +35,7 @@ async def lorax_generate(
     return await respond(request, response, state, [writer.request], writer, stream=body.stream, fields=_FIELDS)
 
 
-@router.post("/generate_stream", response_class=Response, responses=_RESPONSES, dependencies=[GENERATES, HAS_ROOM])
+@router.post("/generate_stream", response_class=Response, responses=_RESPONSES, dependencies=[CONTINUES, HAS_ROOM])
 async def lorax_generate_stream(
     body: LoraxRequest, request: Request, response: Response, state: State, tenant: Tenant
 ) -> object:

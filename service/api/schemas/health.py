@@ -29,4 +29,4 @@ class Versions(ResponseModel):
     weight_bytes: int
     device: str
     kv_backend: str | None
-    task: str = Field(description="`generate`, `classify` or `embed`")
+    task: str = Field(description="`generate`, `seq2seq`, `classify` or `embed`")

@@ -30,7 +30,7 @@ class RowsBackend:
         self._cache: DynamicCache | None = None  # None until a row has tokens
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._begun: tuple[list[int], DynamicCache, Tensor] | None = None
-        self._bytes_per_token = 0
+        self.bytes_per_token = 0  # of one row; known once one has been run
 
     @property
     def rows(self) -> int:
@@ -47,7 +47,7 @@ class RowsBackend:
         return self.nbytes
 
     def spare(self, lengths: Sequence[int]) -> int:
-        needed = len(lengths) * max(lengths, default=0) * self._bytes_per_token
+        needed = len(lengths) * max(lengths, default=0) * self.bytes_per_token
         return self.budget_bytes - max(needed, self.nbytes)
 
     def reserve(self, rows: int, longest: int) -> None:
@@ -93,7 +93,7 @@ class RowsBackend:
             self._cache, self._mask = cache, mask
         else:
             self._put_back(rows, cache, mask)
-        self._bytes_per_token = self.nbytes // self._mask.numel()
+        self.bytes_per_token = self.nbytes // self._mask.numel()
 
     def _put_back(self, rows: list[int], cache: DynamicCache, mask: Tensor) -> None:
         length = max(self._mask.shape[1], mask.shape[1])

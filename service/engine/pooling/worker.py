@@ -29,7 +29,7 @@ from service.engine.mixing import Mixing
 from service.engine.pooling.runner import PooledText, PoolingRunner
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.selection import Selection
-from service.engine.sequence import Sequence
+from service.engine.sequence import RowLength, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class PoolingWorker:
     def running(self) -> list[Sequence]:
         return self._scheduler.running
 
-    def can_ever_run(self, length: int) -> bool:
+    def can_ever_run(self, length: RowLength) -> bool:
         """Any text within the context does: nothing is kept of it."""
         return True
 
@@ -102,8 +102,8 @@ class PoolingWorker:
                 self._answer(sequence, vector)
         self._drop_finished()
 
-    def _fits(self, lengths: Seq[int]) -> bool:
-        return len(lengths) * max(lengths) <= self._tokens
+    def _fits(self, lengths: Seq[RowLength]) -> bool:
+        return len(lengths) * max(length.prompt for length in lengths) <= self._tokens
 
     def _together(self, sequences: Seq[Sequence]) -> Iterator[list[Sequence]]:
         """Those that share a forward: of one length, or of lengths so alike that padding costs less than another."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 
 from service.engine.scheduler import Limits, Scheduler, foldable
 from service.engine.selection import Mode, SelectedAdapter, Selection
-from service.engine.sequence import GenerationRequest, SamplingParams, Sequence, SequenceStatus
+from service.engine.sequence import GenerationRequest, RowLength, SamplingParams, Sequence, SequenceStatus
 
 
 def sequence(
@@ -20,7 +20,7 @@ def selecting(name: str, mode: Mode = Mode.SWITCH, weight: float = 1.0, **fields
     return sequence(name, Selection((SelectedAdapter(name, f"sha256:{name}", weight),), mode), **fields)
 
 
-def anything(lengths: Seq[int]) -> bool:
+def anything(lengths: Seq[RowLength]) -> bool:
     return True
 
 
@@ -161,13 +161,26 @@ def test_tenants_do_not_share() -> None:
     assert {s.request.tenant for s in scheduler.admit(anything)} == {"one", "two"}
 
 
+def test_whole_prompts_are_not_cut_and_the_first_may_be_longer_than_a_step() -> None:
+    scheduler = Scheduler(Limits(prefill_tokens=50, whole_prompts=True))
+    lengths = {"long": 80, "a": 20, "b": 30, "c": 25}
+    scheduler.add([sequence(name, prompt=length) for name, length in lengths.items()])
+    scheduler.admit(anything)
+    steps = []
+    while chunks := scheduler.prefill():
+        steps.append([(chunk.sequence.request.request_id, len(chunk.tokens)) for chunk in chunks])
+        for chunk in chunks:
+            chunk.sequence.prefilled += len(chunk.tokens)
+    assert steps == [[("long", 80)], [("a", 20), ("b", 30)], [("c", 25)]]
+
+
 def test_admission_reserves_memory_for_the_whole_answer_and_is_not_overtaken() -> None:
     scheduler = Scheduler(Limits(max_batch_size=8))
     long, short = sequence("long", prompt=50, new=50), sequence("short", tenant="later", prompt=1, new=1)
     scheduler.add([sequence("first", prompt=10, new=10)])
 
-    def fits(lengths: Seq[int]) -> bool:
-        return len(lengths) * max(lengths) <= 100
+    def fits(lengths: Seq[RowLength]) -> bool:
+        return len(lengths) * max(length.total for length in lengths) <= 100
 
     assert len(scheduler.admit(fits)) == 1
     scheduler.add([long])

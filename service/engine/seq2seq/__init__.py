@@ -1,0 +1,1 @@
+"""Encoders and decoders: a text is read once, and another one written token by token."""
