@@ -152,7 +152,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def rounds_to(model: nn.Module) -> torch.dtype:
     """What a model computes in at its coarsest: bfloat16, whatever its dtype is, where that kernel runs."""
     fused = any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    on_cpu = all(parameter.device.type in ("cpu", "meta") for parameter in model.parameters())  # meta: packed
     return torch.bfloat16 if fused and on_cpu else dtype_of(model)
 
 

@@ -40,8 +40,7 @@ def choose_seq2seq_runner(
         runner = Seq2SeqRunner(adapted, device, budget, DecodingRules(rules.start))
     except Exception as error:
         raise BaseModelError(f"{name} cannot be served: reading a text, it fails with: {error}") from error
-    dtype = next(p.dtype for p in adapted.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-    eps = torch.finfo(rounds_to(adapted.model, dtype)).eps
+    eps = torch.finfo(rounds_to(adapted.model)).eps
     tolerance = max(_TOLERANCE, 16 * eps) * max(float(each.abs().max()) for each in expected)
     for run, batches in ((_joining, True), (_one_at_a_time, False)):
         if batches and mixes_rows(adapted.model):
