@@ -94,8 +94,9 @@ def test_a_full_queue_refuses_and_a_late_text_times_out(server: InProcessServer)
     assert running(server) == 0
 
 
-def test_a_client_that_leaves_is_forgotten(server: InProcessServer) -> None:
-    gate = Gate(server)
+def test_a_client_that_leaves_is_forgotten(server: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, noticed, cancel = Gate(server), threading.Event(), server.engine.cancel
+    monkeypatch.setattr(server.engine, "cancel", lambda request_id: (cancel(request_id), noticed.set()))
     gate.open.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(classify, server, [5])
@@ -112,6 +113,7 @@ def test_a_client_that_leaves_is_forgotten(server: InProcessServer) -> None:
             leaving.sendall("\r\n".join([*head, "", ""]).encode() + body)
             while running(server) < 2:
                 gate.entered.wait(0.01)
+        assert noticed.wait(WAIT_S)
         cancelled = 'vblora_finished_choices_total{reason="cancelled"} 1.0'
         gate.open.set()
         assert first.result().status_code == 200

@@ -135,7 +135,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "cut": {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
     "penalised": {"temperature": 1.1, "repetition_penalty": 1.3},
     "seeded": {"seed": 2**63 - 2},
-    "stopped": {"temperature": 1.2, "stop": ["a", "e", "\x00"], "stop_token_ids": list(range(100))},
+    "stopped": {"seed": 3, "temperature": 1.2, "stop": ["a", "e", "\x00"], "stop_token_ids": list(range(100))},
 }
 
 
