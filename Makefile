@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PORT ?= 8000
+# Tests run in several processes; files stay together, as their fixtures are shared.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -27,13 +29,13 @@ check: $(STAMP)  ## lint, types, layering, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 test: $(STAMP)  ## everything but image builds and long soaks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not heavy'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not heavy'
 
 test-all: $(STAMP)  ## what make test leaves out: image builds and long soaks
 	$(BIN)/python -m pytest -m heavy --timeout 1800

@@ -143,12 +143,15 @@ def test_files_too_large_are_refused(make_server: Callable[..., Server], root: P
 
 
 @pytest.mark.parametrize("kind", ["socket", "directory"])
-def test_what_is_no_plain_file_is_refused(server: Server, root: Path, kind: str) -> None:
+def test_what_is_no_plain_file_is_refused(
+    server: Server, root: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = root / "sql" / "adapter_model.safetensors"
     weights.unlink()
     with socket.socket(socket.AF_UNIX) as listener:
         if kind == "socket":
-            listener.bind(os.path.relpath(weights))  # an absolute path may be too long for a socket
+            monkeypatch.chdir(weights.parent)  # the path from elsewhere may be too long for a socket
+            listener.bind(weights.name)
         else:
             weights.mkdir()
         error_of(load(server, root / "sql"), 400, "invalid_request")

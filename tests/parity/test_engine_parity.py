@@ -181,6 +181,9 @@ def test_a_random_load(bench: Bench) -> None:
         requests = random_load(bench, 40, seed=ARCHS.index(bench.arch))
         answers = ask(engine, requests)
         check_greedy(bench, requests, answers)
+        longest = max(requests, key=lambda request: len(request.prompt_ids))
+        for turn in range(2):  # alone: what the load itself has left of prefixes is a matter of timing
+            ask(engine, [replace(longest, request_id=f"again-{turn}")])
         stats = engine.stats()
         assert stats.prefix_tokens > 0
         assert 0 < stats.prefix_bytes <= short
