@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -24,12 +22,13 @@ from adapters.merge import FoldReport, Merger
 from service.engine import sampler
 from service.engine.auto_merge import AutoMerge
 from service.engine.events import FinishReason
-from service.engine.failure import BROKEN, failure, optional
+from service.engine.failure import BROKEN, optional
 from service.engine.fatal import is_fatal
 from service.engine.folding import Folding
 from service.engine.job import Choice, Job
 from service.engine.mixing import Mixing
 from service.engine.model_runner import ModelRunner
+from service.engine.owners import Owners
 from service.engine.prefix_cache import PrefixCache, common_blocks
 from service.engine.sampler import SamplingRow
 from service.engine.scheduler import Chunk, Limits, Scheduler
@@ -63,8 +62,8 @@ class Worker:
         self._scheduler = Scheduler(limits)
         self._eos = eos_token_ids
         self._prefixes = prefixes
-        self._owners: dict[Sequence, tuple[Job, Choice]] = {}
-        self._mixing = Mixing(stack if stack is not None else FactorStack(), self._factors_of)
+        self._owners = Owners()
+        self._mixing = Mixing(stack if stack is not None else FactorStack(), self._owners.factors)
         self.folding = Folding(merger, auto_merge)
         self.prompt_tokens = self.completion_tokens = self.prefix_tokens = 0
 
@@ -95,8 +94,7 @@ class Worker:
 
     def admit(self, job: Job) -> None:
         """Takes a job whose adapters are loaded. Its choices wait for room in the batch."""
-        for choice in job.choices:
-            self._owners[choice.sequence] = (job, choice)
+        self._owners.add(job)
         self._scheduler.add(job.sequences)
 
     def step(self) -> None:
@@ -104,7 +102,7 @@ class Worker:
         self._drop_finished()
         self._join()
         self._line_up()
-        self.folding.follow(self._scheduler.running, self._factors_of)
+        self.folding.follow(self._scheduler.running, self._owners.factors)
         decoding = self._scheduler.decoding  # before the prefill: a row takes one token a step
         self._prefill()
         self._drop_finished()
@@ -125,7 +123,7 @@ class Worker:
         try:
             self._runner.add(len(joining))
         except Exception as error:
-            self._fail(joining, error)
+            self._owners.fail(joining, error)
             self._drop_finished()
             return
         for row, sequence in enumerate(joining, first):
@@ -142,7 +140,7 @@ class Worker:
         try:
             self._runner.keep(rows)
         except Exception as error:
-            self._fail(self._scheduler.running, error)
+            self._owners.fail(self._scheduler.running, error)
             self._scheduler.remove_finished()
             self._runner.keep([])
 
@@ -160,7 +158,7 @@ class Worker:
         """
         if sequence.is_scored:
             return True
-        if self._owners[sequence][0].is_scoring:
+        if self._owners.job(sequence).is_scoring:
             return False
         if self._prefixes is None:
             return True
@@ -193,7 +191,7 @@ class Worker:
             answers = self._forward(list(counts), [chunk.tokens for chunk in chunks], every_position=scored)
             for sequence, token_logits in answers:
                 if scored:
-                    with self._blaming(sequence):
+                    with self._owners.blaming(sequence):
                         self._score(sequence, token_logits[-counts[sequence] :])
                     token_logits = token_logits[-1]
                 sequence.prefilled += counts[sequence]
@@ -227,7 +225,7 @@ class Worker:
 
     def _score(self, sequence: Sequence, token_logits: Tensor) -> None:
         """Reports how likely the prompt's next tokens were, from token_logits [positions, vocabulary]."""
-        job, start = self._owners[sequence][0], sequence.prefilled
+        job, start = self._owners.job(sequence), sequence.prefilled
         if job.ended:
             return
         if bool(_broken(token_logits).any()):
@@ -262,7 +260,7 @@ class Worker:
     ) -> list[Answer]:
         """One forward over some rows. If it raises it is halved and tried again, until the guilty row fails alone."""
         for sequence in sequences:
-            self._owners[sequence][0].mark_step(folded=self.folding.is_folded)
+            self._owners.job(sequence).mark_step(folded=self.folding.is_folded)
         try:
             running = self._scheduler.running
             row_of = {sequence: row for row, sequence in enumerate(running)}
@@ -271,7 +269,7 @@ class Worker:
             token_logits = self._runner.extend(rows, tokens, batch, every_position=every_position)
         except Exception as error:
             if len(sequences) == 1 or is_fatal(error):
-                self._fail(sequences, error)
+                self._owners.fail(sequences, error)
                 return []
         else:
             return list(zip(sequences, token_logits, strict=True))
@@ -279,9 +277,6 @@ class Worker:
         half = len(sequences) // 2
         halves = (sequences[:half], tokens[:half]), (sequences[half:], tokens[half:])
         return [answer for each in halves for answer in self._forward(*each, every_position=every_position)]
-
-    def _factors_of(self, sequence: Sequence) -> Seq[AdapterFactors]:
-        return self._owners[sequence][0].factors
 
     # --- tokens -----------------------------------------------------------------------------------
 
@@ -291,25 +286,25 @@ class Worker:
         token_logits = torch.stack([of_row for _, of_row in answers])
         rows: dict[int, SamplingRow] = {}
         for i, ((sequence, _), is_broken) in enumerate(zip(answers, _broken(token_logits).tolist(), strict=True)):
-            job, choice = self._owners[sequence]
+            job, choice = self._owners.of(sequence)
             if job.ended:
                 continue
             if is_broken:
                 job.fail("internal_error", BROKEN)
             elif sequence.params.max_new_tokens == 0:
-                with self._blaming(sequence):
+                with self._owners.blaming(sequence):
                     job.finish_without_tokens(choice)
             else:
-                with self._blaming(sequence):
+                with self._owners.blaming(sequence):
                     rows[i] = self._sampling_row(choice)
         if not rows:
             return
         for i, token in self._sample([sequence for sequence, _ in answers], token_logits, rows).items():
             sequence = answers[i][0]
-            job, choice = self._owners[sequence]
+            job, choice = self._owners.of(sequence)
             if job.ended:
                 continue
-            with self._blaming(sequence):
+            with self._owners.blaming(sequence):
                 self._take_token(job, choice, token, token_logits[i])
 
     def _sample(self, sequences: Seq[Sequence], token_logits: Tensor, rows: dict[int, SamplingRow]) -> dict[int, int]:
@@ -326,7 +321,7 @@ class Worker:
             log.warning("rows could not be sampled together: %s", error)
         chosen = {}
         for i, row in rows.items():
-            with self._blaming(sequences[i]):
+            with self._owners.blaming(sequences[i]):
                 (chosen[i],) = sampler.sample(token_logits[i : i + 1], [row])
         return chosen
 
@@ -353,32 +348,15 @@ class Worker:
             None if choice.guide is None else choice.guide.allowed(),
         )
 
-    @contextmanager
-    def _blaming(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong with one row's token ends its request."""
-        try:
-            yield
-        except Exception as error:
-            self._fail([sequence], error)
-
     def _drop_finished(self) -> None:
         rows = self._scheduler.remove_finished()
         if rows is not None:
             self._keep(rows)
         alive = set(self._scheduler)
-        for sequence in [s for s in self._owners if s not in alive]:
-            del self._owners[sequence]
+        self._owners.keep(alive)
         if not alive:
             self._mixing.let_go()
             self.folding.forget_failures()
-
-    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
-        """Ends the requests of these sequences; raises again what no request can be blamed for."""
-        if is_fatal(error):
-            raise error
-        log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
-        for sequence in sequences:
-            self._owners[sequence][0].fail(*failure(error))
 
 
 def _broken(token_logits: Tensor) -> Tensor:

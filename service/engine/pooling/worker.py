@@ -21,11 +21,12 @@ from adapters.factors import AdapterFactors, FactorStack
 from adapters.heads import ClassifierHead
 from adapters.low_rank import LowRankBatch
 from adapters.merge import FoldReport, Merger
-from service.engine.failure import BROKEN, failure
+from service.engine.failure import BROKEN
 from service.engine.fatal import is_fatal
 from service.engine.folding import Folding
-from service.engine.job import Choice, Job
+from service.engine.job import Job
 from service.engine.mixing import Mixing
+from service.engine.owners import Owners
 from service.engine.pooling.runner import PooledText, PoolingRunner
 from service.engine.scheduler import Limits, Scheduler
 from service.engine.selection import Selection
@@ -63,8 +64,8 @@ class PoolingWorker:
         self._tokens = limits.tokens
         self._scheduler = Scheduler(limits.rows)
         self._head = head
-        self._owners: dict[Sequence, tuple[Job, Choice]] = {}
-        self._mixing = Mixing(stack if stack is not None else FactorStack(), self._factors_of)
+        self._owners = Owners()
+        self._mixing = Mixing(stack if stack is not None else FactorStack(), self._owners.factors)
         self._heads = Mixing(FactorStack(), self._heads_of)
         self.folding = Folding(merger)
         self.prompt_tokens = self.completion_tokens = self.prefix_tokens = 0
@@ -83,8 +84,7 @@ class PoolingWorker:
 
     def admit(self, job: Job) -> None:
         """Takes a job whose adapters are loaded. It waits for room in the batch."""
-        for choice in job.choices:
-            self._owners[choice.sequence] = (job, choice)
+        self._owners.add(job)
         self._scheduler.add(job.sequences)
 
     def fold(self, selection: Selection, factors: Seq[AdapterFactors]) -> FoldReport:
@@ -95,7 +95,7 @@ class PoolingWorker:
         """Reads the texts that join, whole, and answers them."""
         self._drop_finished()
         joined = self._scheduler.admit(self._fits)
-        self.folding.follow(joined, self._factors_of)
+        self.folding.follow(joined, self._owners.factors)
         for texts in self._together(joined):
             for sequence, vector in self._forward(texts):
                 self.prompt_tokens += len(sequence.request.prompt_ids)
@@ -120,13 +120,13 @@ class PoolingWorker:
     def _forward(self, sequences: list[Sequence]) -> list[tuple[Sequence, Tensor]]:
         """One forward over some texts. If it raises it is halved and tried again, until the guilty one fails alone."""
         for sequence in sequences:
-            self._owners[sequence][0].mark_step(folded=self.folding.is_folded)
+            self._owners.job(sequence).mark_step(folded=self.folding.is_folded)
         texts = [PooledText(s.request.prompt_ids, s.request.token_types) for s in sequences]
         try:
             vectors = self._runner.run(texts, self._low_rank(sequences))
         except Exception as error:
             if len(sequences) == 1 or is_fatal(error):
-                self._fail(sequences, error)
+                self._owners.fail(sequences, error)
                 return []
         else:
             return list(zip(sequences, vectors, strict=True))
@@ -143,50 +143,36 @@ class PoolingWorker:
 
     def _answer(self, sequence: Sequence, vector: Tensor) -> None:
         """Ends a request with its own part of what the batch answered, [width]."""
-        job, choice = self._owners[sequence]
+        job, choice = self._owners.of(sequence)
         if job.ended:
             return
-        try:
+        with self._owners.blaming(sequence):
             own = vector if self._head is None else vector[: self._labels(sequence)]
             if not bool(torch.isfinite(own).all()):
                 job.fail("internal_error", BROKEN)
             else:
                 job.finish_pooled(choice, tuple(own.tolist()))
-        except Exception as error:
-            self._fail([sequence], error)
 
     def _labels(self, sequence: Sequence) -> int:
         """As many as the head has that the row ran with."""
         assert self._head is not None
-        for factors in self._factors_of(sequence):
+        for factors in self._owners.factors(sequence):
             for parameter in factors.replaced.get(self._head.output, {}).values():
                 return len(parameter)
         return self._head.labels
 
-    def _factors_of(self, sequence: Sequence) -> Seq[AdapterFactors]:
-        return self._owners[sequence][0].factors
-
     def _heads_of(self, sequence: Sequence) -> Seq[AdapterFactors]:
         assert self._head is not None
-        return [factors.head_alone(self._head.output) for factors in self._factors_of(sequence)]
+        return [factors.head_alone(self._head.output) for factors in self._owners.factors(sequence)]
 
     def _drop_finished(self) -> None:
         self._scheduler.remove_finished()
         alive = set(self._scheduler)
-        for sequence in [s for s in self._owners if s not in alive]:
-            del self._owners[sequence]
+        self._owners.keep(alive)
         if not alive:
             self._mixing.let_go()
             self._heads.let_go()
             self.folding.forget_failures()
-
-    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
-        """Ends the requests of these sequences; raises again what no request can be blamed for."""
-        if is_fatal(error):
-            raise error
-        log.error("requests failed: %s", ", ".join(s.request.request_id for s in sequences), exc_info=error)
-        for sequence in sequences:
-            self._owners[sequence][0].fail(*failure(error))
 
 
 def _length(sequence: Sequence) -> int:
