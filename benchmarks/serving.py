@@ -87,7 +87,7 @@ def measure(stage: Stage, sizes: ServingSizes, measures: Iterable[str], rounds: 
 
 
 def full_sizes(options: argparse.Namespace) -> ServingSizes:
-    sizes = replace(ServingSizes(), requests=options.requests)
+    sizes = replace(ServingSizes(), requests=options.requests, arrivals=options.arrivals)
     return sizes if options.offered is None else replace(sizes, offered=tuple(options.offered))
 
 
@@ -104,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions that medians are taken of (3)")
     parser.add_argument("--threads", type=int, default=2, help="the threads that each contender computes with (2)")
     parser.add_argument("--offered", type=float, nargs="+", metavar="RATE", help="requests a second, of the open loop")
+    parser.add_argument("--arrivals", type=int, default=24, help="at each of these rates (24)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's (float32)")
     parser.add_argument("--requests", type=int, default=32, help="of a closed loop's round (32)")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES, help="which to take (all)")
