@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from adapters.errors import StoreError
 from adapters.store import SHARED
 from service.engine.events import FinishReason
+from service.engine.seam import EngineState
 from service.engine.selection import BASE
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15,
 MOST_NAMES = 100  # adapters with a series of their own
 BLEND, OTHER = "blend", "other"
 FAILED = "failed"  # beside the finish reasons
+# Errors that somebody has to be told of: a series that begins at 1 shows no increase, so these are there from the start.
+WATCHED_ERRORS = ("internal_error", "engine_unavailable", "adapter_unavailable", "storage_full", "overloaded")
 SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
 
@@ -60,6 +63,8 @@ class PrometheusMetrics:
             registry=self._registry,
         )
         self._errors = Counter("vblora_errors", "Errors answered, by code.", ["code"], registry=self._registry)
+        for code in WATCHED_ERRORS:
+            self._errors.labels(code)
         self._generations = Counter(
             "vblora_generations", "Generation requests accepted, by adapter.", ["adapter"], registry=self._registry
         )
@@ -67,7 +72,7 @@ class PrometheusMetrics:
             "vblora_finished_choices", "Choices that ended, by reason.", ["reason"], registry=self._registry
         )
         for reason in (*FinishReason, FAILED):
-            self._finished.labels(reason)  # 0 from the start: a series that begins at 1 shows no increase
+            self._finished.labels(reason)  # from the start, as the errors above
         self._first_token = self._histogram(
             "vblora_time_to_first_token_seconds", "From a generation request's submission to its first token.", SECONDS
         )
@@ -227,7 +232,11 @@ class _Server(Collector):
         yield CounterMetricFamily("vblora_adapter_compose_seconds", "Time spent composing.", stats.compose_s)
 
     def _of_engine(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
+        stats, now = self._engine.stats(), self._engine.state
+        state = GaugeMetricFamily("vblora_engine_state", "1 for the state the engine is in.", labels=["state"])
+        for each in EngineState:
+            state.add_metric([each.name.lower()], each is now)
+        yield state
         yield GaugeMetricFamily("vblora_queue_depth", "Sequences accepted that do not run yet.", stats.waiting)
         yield GaugeMetricFamily("vblora_running_sequences", "Sequences in the batch.", stats.running)
         yield GaugeMetricFamily("vblora_batch_adapters", "Distinct adapters in the batch.", stats.distinct_adapters)

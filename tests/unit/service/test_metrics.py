@@ -9,13 +9,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import StoreCorrupt
 from adapters.registry import RegistryStats
+from service.api.errors import STATUS
 from service.engine.events import Usage
-from service.engine.seam import EngineStats
+from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Mode, SelectedAdapter, Selection
-from service.metrics import MOST_NAMES, PrometheusMetrics
+from service.metrics import MOST_NAMES, WATCHED_ERRORS, PrometheusMetrics
 
 
 class Engine:
+    state = EngineState.DRAINING
+
     def stats(self) -> EngineStats:
         return EngineStats(
             1, 2, 3, prompt_tokens=40, completion_tokens=50, folds=6, prefix_tokens=60, prefix_bytes=70,
@@ -72,8 +75,12 @@ def one(name: str, weight: float = 1.0) -> Selection:
 
 def test_a_scrape_asks_engine_registry_and_store() -> None:
     found = samples(metrics())
-    at_rest = ("vblora_finished_choices", "_seconds_bucket", "_seconds_count", "_seconds_sum")
+    at_rest = ("vblora_finished_choices", "vblora_errors", "_seconds_bucket", "_seconds_count", "_seconds_sum")
     assert {name: value for name, value in found.items() if value or not any(part in name for part in at_rest)} == {
+        "vblora_engine_state{state=ready}": 0,
+        "vblora_engine_state{state=draining}": 1,
+        "vblora_engine_state{state=stopped}": 0,
+        "vblora_engine_state{state=dead}": 0,
         "vblora_queue_depth": 1,
         "vblora_running_sequences": 2,
         "vblora_batch_adapters": 3,
@@ -192,6 +199,12 @@ def test_ten_thousand_names_make_a_bounded_number_of_series() -> None:
     assert found["vblora_generations_total{adapter=other}"] == 10_000 - MOST_NAMES
 
 
+@pytest.mark.parametrize("code", WATCHED_ERRORS)
+def test_errors_to_be_told_of_are_there_before_they_happen(code: str) -> None:
+    assert code in STATUS
+    assert samples(metrics())[f"vblora_errors_total{{code={code}}}"] == 0
+
+
 def test_requests_and_errors_are_counted() -> None:
     server = metrics()
     server.observe_request("/v1/generate", 200, 0.3)
@@ -213,7 +226,8 @@ def test_content_type_is_prometheus_text() -> None:
 def test_servers_do_not_share_counters() -> None:
     one, other = metrics(), metrics()
     one.count_error("overloaded")
-    assert not any("errors_total" in name for name in samples(other))
+    assert samples(one)["vblora_errors_total{code=overloaded}"] == 1
+    assert samples(other)["vblora_errors_total{code=overloaded}"] == 0
 
 
 def test_a_broken_store_hides_only_its_own_number() -> None:
