@@ -40,7 +40,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15,
 MOST_NAMES = 100  # adapters with a series of their own
 BLEND, OTHER = "blend", "other"
 FAILED = "failed"  # beside the finish reasons
-# Errors that somebody has to be told of: a series that begins at 1 shows no increase, so these are there from the start.
+# Errors to be told of, there from the start: a series that begins at 1 shows no increase.
 WATCHED_ERRORS = ("internal_error", "engine_unavailable", "adapter_unavailable", "storage_full", "overloaded")
 SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
