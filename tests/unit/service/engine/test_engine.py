@@ -363,6 +363,7 @@ def test_when_the_thread_dies_every_request_is_told(monkeypatch: pytest.MonkeyPa
     _, end = finish(bench.submit("unlucky", "sql"))
     assert isinstance(end, FailedEvent)
     assert bench.engine.state is EngineState.DEAD
+    assert bench.engine.stats().running == 0, "a scrape still sees what there is"
     with pytest.raises(EngineUnavailable, match="dead"):
         bench.submit("after")
     bench.engine.stop()
