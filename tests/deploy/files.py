@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from service.metrics import PrometheusMetrics
+from service.commands import serve
 from service.settings import CONFIG_VARIABLE, SETTINGS, Settings, load_settings
+from tests.unit.service.test_metrics import metrics
 from tests.unit.service.test_operations_doc import exported
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +22,8 @@ ALERT_TESTS = DEPLOY / "prometheus" / "alerts.test.yml"
 SCRAPES = DEPLOY / "prometheus" / "prometheus.yml"
 DASHBOARD = DEPLOY / "grafana" / "vblora-serve.json"
 COMPOSE = [ROOT / "compose.yaml", ROOT / "compose.gpu.yaml"]
+LAST_WORDS_S = serve._LAST_WORDS_S
 VARIABLES = {setting.variable for setting in SETTINGS} | {CONFIG_VARIABLE}
-LAST_WORDS_S = 5  # what the server takes beyond its drain, for responses to reach their clients
 
 _WORD = re.compile(r"\b(vblora_\w+|process_\w+)\b")
 _SERIES = ("_bucket", "_count", "_sum")
@@ -57,10 +58,7 @@ def metric_names() -> set[str]:
 
 
 def process_names() -> set[str]:
-    from tests.unit.service.test_metrics import metrics
-
-    server: PrometheusMetrics = metrics()
-    return set(re.findall(r"^(process_\w+) ", server.render()[0].decode(), re.MULTILINE))
+    return set(re.findall(r"^(process_\w+) ", metrics().render()[0].decode(), re.MULTILINE))
 
 
 def named_in(expression: str) -> set[str]:
