@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
-from adapters.store import SHARED, AdapterStore
+from adapters.store import SHARED, AdapterStore, Store
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
 from service.api.deps import ApiSettings, BaseInfo, PooledServing, ServerState
 from service.api.errors import ApiError
@@ -67,7 +68,7 @@ def build_server(settings: Settings) -> Server:
     with ExitStack() as opened:
         # Before the model, which takes longer: a directory that another server owns is known at once.
         names = identify(settings.model, settings.served_model_name, settings.base_alias).names
-        store = AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=names)
+        store = open_store(settings, reserved=names)
         opened.callback(store.close)
         base = in_own_thread(threads, partial(_load_base, settings))
         registry = AdapterRegistry(
@@ -96,6 +97,13 @@ def build_server(settings: Settings) -> Server:
             watcher.start()
             opened.callback(watcher.stop)
         return Server(state, opened.pop_all())
+
+
+def open_store(settings: Settings, *, reserved: Collection[str] = frozenset()) -> Store:
+    """The store of the settings: this process's own, or one that it shares with others. Raises StoreError."""
+    if settings.store is None:
+        return AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=reserved)
+    raise SettingsError(f"store is {settings.store}, which this release cannot open")
 
 
 def _check_task(settings: Settings) -> None:

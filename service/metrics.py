@@ -27,7 +27,7 @@ from service.engine.selection import BASE
 
 if TYPE_CHECKING:
     from adapters.registry import AdapterRegistry
-    from adapters.store import AdapterStore
+    from adapters.store import Store
     from service.engine.events import Usage
     from service.engine.seam import Engine
     from service.engine.selection import Selection
@@ -48,7 +48,7 @@ SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an e
 class PrometheusMetrics:
     """The metrics of one server, in a registry of their own. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, registry: AdapterRegistry, store: AdapterStore) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, store: Store) -> None:
         # Else every counter comes with a second series: when it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -198,7 +198,7 @@ class AdapterLabels:
 class _Server(Collector):
     """Reads the engine, the registry and the store at every scrape."""
 
-    def __init__(self, engine: Engine, registry: AdapterRegistry, store: AdapterStore) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, store: Store) -> None:
         self._engine = engine
         self._registry = registry
         self._store = store

@@ -48,6 +48,8 @@ class AdapterStore:
     changed then), StoreCorrupt when it is damaged.
     """
 
+    checked_at_start = True
+
     def __init__(self, data_dir: Path, *, keep_versions: int = 5, reserved: Collection[str] = frozenset()) -> None:
         """Open the store, creating or upgrading it, and sweep up what a killed process left.
 
@@ -256,6 +258,20 @@ class AdapterStore:
     def path(self, digest: str) -> Path:
         """The directory with the files of that digest, if they are stored. Raises InvalidSelection."""
         return self._blobs.path(digest)
+
+    def fetch(self, digest: str) -> Path:
+        """The same: they are here, or nowhere."""
+        return self.path(digest)
+
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[Path]:
+        """The same, for a block that reads them; nothing is cleared away to make room."""
+        yield self.path(digest)
+
+    def infos(self, digest: str) -> Sequence[Mapping[str, Any]]:
+        """The `info` of every version with that digest, oldest first."""
+        with self._reading() as catalog:
+            return catalog.infos(digest)
 
     def digest_in_use(self, digest: str) -> bool:
         """Whether any version of any adapter has that digest."""
