@@ -297,6 +297,15 @@ class AdapterRegistry:
                     if live.pins == 0:
                         del self._live[digest]
 
+    def note_changes(self, digests: Collection[str]) -> None:
+        """What others have published or deleted: the deleted is forgotten, and what was refused is tried again."""
+        with self._changed:
+            for digest in digests:
+                live = self._live.get(digest)
+                if live is not None and not live.loading:
+                    live.failure = None
+        self.forget_deleted(digests)
+
     def status(self, digest: str) -> AdapterStatus:
         with self._changed:
             live = self._live.get(digest) or _Live()

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import SHARED, AdapterStore, Store
+from adapters.store.shared import SharedAdapterStore, open_objects
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
 from service.api.deps import ApiSettings, BaseInfo, PooledServing, ServerState
 from service.api.errors import ApiError
@@ -74,6 +75,8 @@ def build_server(settings: Settings) -> Server:
         registry = AdapterRegistry(
             store, base.adapted, base.identity, factor_budget=settings.adapter_memory, device=base.device
         )
+        if isinstance(store, SharedAdapterStore):
+            store.listen(registry.note_changes)
         register_all(registry, settings)
         watcher = _watcher(registry, settings)
         engine = in_own_thread(threads, partial(build_engine, base, registry, _engine_options(settings))).start()
@@ -103,7 +106,14 @@ def open_store(settings: Settings, *, reserved: Collection[str] = frozenset()) -
     """The store of the settings: this process's own, or one that it shares with others. Raises StoreError."""
     if settings.store is None:
         return AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=reserved)
-    raise SettingsError(f"store is {settings.store}, which this release cannot open")
+    return SharedAdapterStore(
+        open_objects(settings.store, settings.store_endpoint),
+        settings.data_dir,
+        cache_bytes=settings.store_cache,
+        refresh_s=settings.store_refresh_s,
+        keep_versions=settings.keep_versions,
+        reserved=reserved,
+    )
 
 
 def _check_task(settings: Settings) -> None:
