@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from service import __version__
 from service.commands import CommandError, UsageError
 from service.engine.errors import EngineError
 from service.logs import printable, quiet_libraries
-from service.setting_kinds import BYTES
+from service.setting_kinds import BYTES, ENDPOINT, SECONDS, STORE, Kind
 from service.settings import (
     API_KEY_VARIABLE,
     DEBUG_VARIABLE,
@@ -239,9 +239,21 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Check a server's data directory while no server runs on it. Exit code 1: something is wrong."
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="PATH", help="the server's --data-dir")
-    parser.add_argument("--repair", action="store_true", help="mend it; nothing that is intact is removed")
+    parser.description = (
+        "Check a server's data directory while no server runs on it, or a store that servers share while they do. "
+        "Exit code 1: something is wrong."
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data-dir", type=Path, metavar="PATH", help="the server's --data-dir")
+    where.add_argument("--store", type=_parsed_as(STORE), metavar="URL", help="the servers' --store")
+    parser.add_argument(
+        "--store-endpoint", type=_parsed_as(ENDPOINT), metavar="URL", help="the servers' --store-endpoint"
+    )
+    parser.add_argument(
+        "--grace-s", type=_parsed_as(SECONDS), default=3600.0, metavar="SECONDS",
+        help="how long files of a shared store must have been without a name to be removed (default: 3600)",
+    )  # fmt: skip
+    parser.add_argument("--repair", action="store_true", help="mend it; nothing that is intact and named is removed")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
 
@@ -384,9 +396,25 @@ def _key(args: argparse.Namespace) -> int:
     return key.run(attributes, file=args.file, hash_given=args.hash)
 
 
+def _parsed_as(kind: Kind) -> Callable[[str], Any]:
+    """An argument's type: read as a setting of that kind is."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.expected}") from error
+
+    return parse
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from service.commands import doctor
 
+    if args.store is not None:
+        return doctor.run_shared(
+            args.store, args.store_endpoint, grace_s=args.grace_s, mend=args.repair, as_json=args.json
+        )
     return doctor.run(args.data_dir, mend=args.repair, as_json=args.json)
 
 
