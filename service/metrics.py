@@ -41,7 +41,14 @@ MOST_NAMES = 100  # adapters with a series of their own
 BLEND, OTHER = "blend", "other"
 FAILED = "failed"  # beside the finish reasons
 # Errors to be told of, there from the start: a series that begins at 1 shows no increase.
-WATCHED_ERRORS = ("internal_error", "engine_unavailable", "adapter_unavailable", "storage_full", "overloaded")
+WATCHED_ERRORS = (
+    "internal_error",
+    "engine_unavailable",
+    "adapter_unavailable",
+    "store_unavailable",
+    "storage_full",
+    "overloaded",
+)
 SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
 
@@ -216,6 +223,7 @@ class _Server(Collector):
         for kind, size in zip(("compact", "factors"), self._registry.resident_bytes(), strict=True):
             resident.add_metric([kind], size)
         yield resident
+        yield from self._of_store()
         stats = self._registry.stats()
         states = GaugeMetricFamily(
             "vblora_adapter_versions",
@@ -230,6 +238,16 @@ class _Server(Collector):
         yield CounterMetricFamily("vblora_adapter_evictions", "Factors dropped for want of room.", stats.evictions)
         yield CounterMetricFamily("vblora_adapter_composes", "Times factors were composed.", stats.composes)
         yield CounterMetricFamily("vblora_adapter_compose_seconds", "Time spent composing.", stats.compose_s)
+
+    def _of_store(self) -> Iterator[Metric]:
+        if (health := self._store.health()) is None:
+            return
+        yield GaugeMetricFamily(
+            "vblora_store_refresh_age_seconds",
+            "Since the shared store was last asked for changes, and answered.",
+            health.refresh_age_s,
+        )
+        yield CounterMetricFamily("vblora_store_errors", "Requests that the shared store failed.", health.errors)
 
     def _of_engine(self) -> Iterator[Metric]:
         stats, now = self._engine.stats(), self._engine.state

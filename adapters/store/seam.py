@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion, Page
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """Of a shared store: how old what is known here may be, in seconds, and its failures since the start."""
+
+    refresh_age_s: float
+    errors: int
 
 
 class Store(Protocol):
@@ -79,6 +88,10 @@ class Store(Protocol):
         ...
 
     def digest_in_use(self, digest: str) -> bool: ...
+
+    def health(self) -> StoreHealth | None:
+        """How it stands with what others change; None where nobody else does."""
+        ...
 
     def close(self) -> None: ...
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from adapters.store.shared.local import LocalObjects
 from adapters.store.shared.objects import ObjectStore
 from adapters.store.shared.s3 import S3Objects
-from adapters.store.shared.store import SharedAdapterStore, StoreHealth
+from adapters.store.shared.store import SharedAdapterStore
 
-__all__ = ["SharedAdapterStore", "StoreHealth", "open_objects"]
+__all__ = ["SharedAdapterStore", "open_objects"]
 
 
 def open_objects(url: str, endpoint: str | None = None) -> ObjectStore:

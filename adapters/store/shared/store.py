@@ -12,7 +12,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from adapters.store import files
 from adapters.store.names import check_name, is_name
 from adapters.store.outcomes import check_keep, check_mode, check_page, exists, files_gone, not_found
 from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion, Page
+from adapters.store.seam import StoreHealth
 from adapters.store.shared import changes
 from adapters.store.shared.blobs import SharedBlobs
 from adapters.store.shared.cache import BlobCache
@@ -35,14 +35,6 @@ PRIVATE_DIRECTORIES = ("blobs", "tmp", "quarantine", "shared")
 
 Listener = Callable[[Collection[str]], None]
 """Is told the digests of versions that were added, changed or forgotten, here or elsewhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreHealth:
-    """How old what is known here may be, in seconds, and how often the store has failed since the start."""
-
-    refresh_age_s: float
-    errors: int
 
 
 class SharedAdapterStore:
@@ -72,7 +64,7 @@ class SharedAdapterStore:
         `data_dir` is for copies of files: several processes of one machine may have the same.
         """
         check_keep(keep_versions)
-        self._objects = objects
+        self.url = objects.url
         self._keep_versions = keep_versions
         self._reserved = frozenset(reserved)
         self._clock = clock
