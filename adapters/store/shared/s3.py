@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import StoreError, StoreUnavailable
-from adapters.store.shared.objects import Conflict, Content, ObjectInfo, ObjectMissing
+from adapters.store.shared.objects import AccessRefused, Conflict, Content, ObjectInfo, ObjectMissing
 
 SCHEME = "s3://"
 REQUEST_TIMEOUT_S = 30.0
@@ -108,6 +108,11 @@ class S3Objects:
         if received != size:
             raise StoreError(f"{key} in {self.url} is not of the {size:,} bytes that were announced", subject=key)
 
+    def size(self, key: str) -> int:
+        """An object's bytes. Raises ObjectMissing."""
+        with self._errors(key):
+            return int(self._obstore.head(self._store, key)["size"])
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         with self._errors(prefix):
             for batch in self._obstore.list(self._store, prefix=prefix or None):
@@ -150,7 +155,7 @@ class S3Objects:
         return StoreError(f"{self.url}: there is no such bucket; create it, or correct --store or --store-endpoint")
 
     def _refused(self) -> StoreError:
-        return StoreError(
+        return AccessRefused(
             f"{self.url} refuses the server's credentials: give it AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a "
             "role) that may list, read, write and delete there"
         )

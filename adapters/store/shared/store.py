@@ -64,7 +64,7 @@ class SharedAdapterStore:
         `data_dir` is for copies of files: several processes of one machine may have the same.
         """
         check_keep(keep_versions)
-        self.url = objects.url
+        self.url: str | None = objects.url
         self._keep_versions = keep_versions
         self._reserved = frozenset(reserved)
         self._clock = clock
