@@ -40,7 +40,8 @@ def fetch_from_bucket(
     deadline = Deadline(timeout_s, clock)
 
     def objects() -> S3Objects:
-        return S3Objects(str(source), endpoint=endpoint, timeout_s=deadline.remaining(), clock=clock)
+        left = deadline.remaining()
+        return S3Objects(str(source), endpoint=endpoint, timeout_s=left, file_timeout_s=left, clock=clock)
 
     with _bucket_errors(source, deadline):
         sizes = {name: size for name in ADAPTER_FILES if (size := _size(objects(), name)) is not None}

@@ -291,10 +291,35 @@ class TestDownAndBack:
         with pytest.raises(StoreUnavailable):
             store.delete(SHARED, "sql")
         assert store.count(SHARED) == 2
+        age = store.health().refresh_age_s
         faulty.before = lambda call, key: None
+        until(lambda: store.health().refresh_age_s < age)
         assert digest_of(store.fetch(elsewhere.digest)) == elsewhere.digest
         publish(store, "more")
-        until(lambda: store.health().refresh_age_s < 0.5)
+
+    def test_nobody_waits_for_a_store_that_is_known_to_be_away(self, replica: Opener, objects: ObjectStore) -> None:
+        faulty = Faulty(objects)
+        store = replica(faulty)
+        digest = publish(replica(), "sql").digest
+        store.refresh()
+        faulty.before = always(StoreUnavailable("down"))
+        with pytest.raises(StoreUnavailable):
+            store.refresh()
+        faulty.calls.clear()
+        for attempt in (
+            lambda: void(publish(store, "style")),
+            lambda: void(store.delete(SHARED, "sql")),
+            lambda: void(store.activate(SHARED, "sql", "switch")),
+            lambda: void(store.deactivate(SHARED, "sql")),
+            lambda: void(store.rollback(SHARED, "sql", digest)),
+            lambda: void(store.fetch(digest)),
+        ):
+            with pytest.raises(StoreUnavailable, match="down"):
+                attempt()
+        assert faulty.calls == []
+        faulty.before = lambda call, key: None
+        store.refresh()
+        assert digest_of(store.fetch(digest)) == digest
 
     def test_a_store_that_does_not_answer_is_not_opened(self, replica: Opener, objects: ObjectStore) -> None:
         faulty = Faulty(objects)
@@ -529,11 +554,12 @@ class TestS3:
 
         with socket.create_server(("127.0.0.1", 0)) as listener:
             endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            objects = S3Objects(f"s3://{BUCKET}", endpoint=endpoint, timeout_s=0.3)
+            objects = S3Objects(f"s3://{BUCKET}", endpoint=endpoint, timeout_s=0.3, file_timeout_s=0.3)
             began = time.monotonic()
-            with pytest.raises(StoreUnavailable):
-                objects.get("x")
-            assert time.monotonic() - began < 5
+            for attempt in (lambda: void(objects.get("x")), lambda: objects.get_file("x", tmp_path / "x", 1)):
+                with pytest.raises(StoreUnavailable):
+                    attempt()
+            assert time.monotonic() - began < 8
 
     def test_without_obstore(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "obstore", None)
