@@ -23,6 +23,7 @@ from adapters.store import Activation, digest_of
 from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared import manifests as manifests_module
 from adapters.store.shared.keys import blob_prefix, decode, encode, file_of, manifest_key, tenant_of
+from adapters.store.shared.local import LocalObjects
 from adapters.store.shared.objects import AccessRefused, Conflict, ObjectMissing, ObjectStore
 from tests.unit.adapters.shared_support import BUCKET, CREDENTIALS, Faulty, shared, until
 from tests.unit.adapters.store_support import SHARED, publish
@@ -368,6 +369,16 @@ class TestFiles:
         with ThreadPoolExecutor(8) as threads:
             assert len(set(threads.map(lambda _: store.fetch(digest), range(8)))) == 1
         assert [call for call, _ in seen.calls].count("get_file") == 2
+
+    def test_where_files_are_is_nobodys_to_read_but_by_name(self, replica: Opener, objects: ObjectStore) -> None:
+        """What `--allow-source` never covers: the copies, what is staged, and a directory that holds the store."""
+        store = replica()
+        digest = publish(store, "sql").digest
+        private = [store.fetch(digest), store._cache.tmp]
+        if isinstance(objects, LocalObjects):
+            private += [path for path in objects.root.rglob("*") if path.is_file()]
+            assert len(private) > 4
+        assert all(any(path.is_relative_to(each) for each in store.directories) for path in private)
 
     def test_damaged_in_the_store(self, replica: Opener, objects: ObjectStore, tmp_path: Path) -> None:
         one = replica()
