@@ -22,7 +22,7 @@ class Access(Enum):
 
 # What a browser or a probe must reach without a key. Pages are public; what they ask the API is not.
 _PUBLIC = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
-_PUBLIC_PREFIXES = ("/docs/", "/static/")
+_PUBLIC_PREFIXES = ("/docs/", "/assets/", "/static/")
 _GENERATING = frozenset({"/v1/generate", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
 _READING = frozenset({"/v1/classify", "/v1/embeddings"})
 _CHANGING = frozenset({"/v1/adapters", "/v1/blends", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})

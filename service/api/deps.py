@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, AdapterStore
 from adapters.targets import BaseModules
+from service.api.activity import Activity
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern
@@ -220,6 +221,7 @@ class ServerState:
     task: Task = Task.GENERATE
     pooled: PooledServing | None = None
     keys: KeyRing = field(default_factory=KeyRing)
+    activity: Activity = field(default_factory=Activity)
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
     fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
 

@@ -78,6 +78,7 @@ def test_a_foreign_adapter_does_not_exist(acme: Client, rival: Client, operator:
         asked: list[tuple[str, str, Any]] = [
             ("GET", "/v1/adapters/secret", None),
             ("GET", "/v1/adapters/secret/parameters", None),
+            ("GET", "/v1/adapters/secret/bank", None),
             ("GET", "/v1/adapters/secret/export", None),
             ("GET", "/v1/adapters/secret/export?format=lora", None),
             ("DELETE", "/v1/adapters/secret", None),
@@ -294,6 +295,9 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
     assert changing == {"POST /tokenize", "POST /detokenize", "POST /v1/parameters/estimate"}, "they change nothing"
     assert {route for route in kinds[Access.PUBLIC] if not route.startswith("GET /docs")} == {
         "GET /",
+        "HEAD /",
+        "GET /assets/x",
+        "HEAD /assets/x",
         "GET /healthz",
         "GET /readyz",
         "GET /openapi.json",
