@@ -36,6 +36,8 @@ VOLATILE = {
     "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
     "merge_error_layer", "fingerprint", "pins",
     "content", "system_fingerprint", "token_logprobs", "generated_text", "sha256", "request_id", "vblora_serve",
+    "time", "uptime_s", "count", "p50", "p95", "cached_tokens", "process_bytes", "kv_bytes",
+    "prefix_bytes", "adapter_compact_bytes", "adapter_factor_bytes",
 }  # fmt: skip
 
 
