@@ -36,7 +36,7 @@ def _show(state: ServerState, tenant: str, name: str, columns: int) -> str:
             "invalid_request", f"{name!r} is a plain LoRA adapter, which has no vector bank: ask for one of VB-LoRA"
         )
     usage, config = bank_usage(checkpoint, columns), checkpoint.config
-    shares = [[[round(share, _DIGITS) for share in side] for side in layer] for layer in usage.shares.tolist()]
+    shares = usage.shares.round(decimals=_DIGITS).tolist()
     view = BankView(
         adapter=record.name,
         digest=record.digest,
