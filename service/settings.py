@@ -187,7 +187,9 @@ class Settings:
     api_key_file: Path | None = _setting(
         PATH, None, "A file of API keys, as `vblora-serve key` writes it. Without it no key is asked for."
     )
-    metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
+    metrics_public: bool = _setting(
+        BOOLEAN, True, "Whether /metrics needs no API key, and /v1/stats shows every tenant what is everybody's."
+    )
     cors_origin: tuple[str, ...] = _setting(
         ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
     )
