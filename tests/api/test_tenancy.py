@@ -349,6 +349,13 @@ def test_a_keys_limits_are_its_own(make_server: Callable[..., Server]) -> None:
     error_of(server.client.get("/v1/models"), 401, "unauthorized")
 
 
+def test_what_the_page_asks_all_the_time_is_not_taken_off_a_keys_limit(make_server: Callable[..., Server]) -> None:
+    page = Client(make_server([ApiKey.of("slow", rate=1)]), "slow")
+    assert [page.ask("GET", path).status_code for path in ("/v1/stats", "/v1/whoami") * 3] == [200] * 6
+    assert [page.ask("GET", "/v1/models").status_code for _ in range(2)] == [200, 429]
+    assert page.ask("GET", "/v1/stats").status_code == 200
+
+
 @pytest.mark.anyio
 async def test_beyond_its_limit_no_body_is_read(make_server: Callable[..., Server]) -> None:
     server = make_server([ApiKey.of("slow", rate=1)])
