@@ -1,4 +1,4 @@
-"""The documentation builds as a site without a warning, asks no other host for anything, and links work on GitHub too."""
+"""The documentation builds as a site without a warning, asks no other host for anything, and its links work."""
 
 from __future__ import annotations
 
