@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +93,13 @@ def _cut(value: Any) -> Any:
     return value
 
 
-def differences(documented: str, actual: str) -> list[str]:
-    """Where an answer is not what the document says, volatile values aside; empty if it is."""
+def differences(documented: str, actual: str, volatile: Set[str] = VOLATILE) -> list[str]:
+    """Where an answer is not what the page says, volatile values aside; empty if it is."""
     try:
         expected, got = json.loads(documented), json.loads(shown(actual))
     except ValueError:
         return [] if _steady(documented) == _steady(actual) else [f"documented:\n{documented}\nactual:\n{actual}"]
-    return list(_compare("", expected, got))
+    return list(_compare("", expected, got, volatile))
 
 
 def _steady(text: str) -> str:
@@ -109,21 +109,21 @@ def _steady(text: str) -> str:
     return re.sub(r"[0-9a-f]{12,}|\d+(\.\d+)?(e-?\d+)?", "0", text)
 
 
-def _compare(where: str, expected: Any, got: Any) -> Iterator[str]:
+def _compare(where: str, expected: Any, got: Any, volatile: Set[str]) -> Iterator[str]:
     name = where.rsplit(".", 1)[-1]
     if isinstance(expected, dict) and isinstance(got, dict):
         if expected.keys() != got.keys():
             yield f"{where}: keys {sorted(expected)} documented, {sorted(got)} answered"
             return
         for key in expected:
-            yield from _compare(f"{where}.{key}", expected[key], got[key])
-    elif name in VOLATILE:
+            yield from _compare(f"{where}.{key}", expected[key], got[key], volatile)
+    elif name in volatile:
         if expected is not None and got is not None and type(expected) is not type(got):
             yield f"{where}: {expected!r} documented, {got!r} answered"
     elif isinstance(expected, list) and isinstance(got, list):
         if len(expected) != len(got):
             yield f"{where}: {len(expected)} items documented, {len(got)} answered"
         for i, (one, other) in enumerate(zip(expected, got, strict=False)):
-            yield from _compare(f"{where}[{i}]", one, other)
+            yield from _compare(f"{where}[{i}]", one, other, volatile)
     elif expected != got:
         yield f"{where}: {expected!r} documented, {got!r} answered"
