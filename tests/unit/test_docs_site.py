@@ -31,7 +31,7 @@ ELSEWHERE = re.compile(r"^(https?:)?//")
 def build(site: Path, root: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
     """`mkdocs build --strict` of a copy or of this repository, into `site`."""
     argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    clean = {key: value for key, value in os.environ.items() if key != "VBLORA_DOCS_REPO_URL"}
+    clean = {key: value for key, value in os.environ.items() if key != "DOCS_REPO_URL"}
     return subprocess.run(
         argv, cwd=root, env=clean | {"NO_MKDOCS_2_WARNING": "1"} | environ, capture_output=True, text=True, timeout=120
     )
@@ -106,7 +106,7 @@ def test_search_has_every_page_and_no_server(site: Path) -> None:
 
 
 def test_files_outside_are_linked_in_the_repository_if_its_address_is_known(tmp_path: Path) -> None:
-    built = build(tmp_path, VBLORA_DOCS_REPO_URL="https://git.example/vblora-serve/")
+    built = build(tmp_path, DOCS_REPO_URL="https://git.example/vblora-serve/")
     assert built.returncode == 0, built.stderr
     links = {attributes.get("href", "") for page in tmp_path.rglob("*.html") for _, attributes in tags(page)}
     assert "https://git.example/vblora-serve/blob/HEAD/examples/train_family.py" in links
