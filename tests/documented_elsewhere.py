@@ -49,6 +49,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "    --read-only": _IMAGE,
         "sudo install": "makes a directory of root's",
     },
+    "docs/deployment.md": {
+        "docker compose": "tests/deploy/test_compose.py: the files, by their schema and against the settings",
+        "kubectl": "tests/deploy/test_kubernetes.py: the manifests, by their schemas and against the image",
+        "promtool": "tests/heavy/test_prometheus.py: Prometheus itself, where it is installed",
+    },
     "docs/export.md": {
         "vllm serve": _OTHER_SERVER,
         "curl http://127.0.0.1:8000/v1/load_lora_adapter": _OTHER_SERVER,
