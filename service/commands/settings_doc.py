@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from service.settings import SETTINGS, Setting
+from service.setting_groups import grouped
+from service.settings import Setting
 
 INTRODUCTION = """\
 # Settings
@@ -37,13 +38,20 @@ def run() -> int:
 
 def render() -> str:
     """The text of docs/settings.md."""
-    return "\n".join([INTRODUCTION, *_table()]) + "\n"
+    return "\n".join([INTRODUCTION, *_tables()])
 
 
-def _table() -> Iterator[str]:
+def _tables() -> Iterator[str]:
+    for title, settings in grouped():
+        yield f"## {title[0].upper()}{title[1:]}\n"
+        yield from _table(settings)
+        yield ""
+
+
+def _table(settings: Iterable[Setting]) -> Iterator[str]:
     yield "| setting | flag | variable | default | what it does |"
     yield "| --- | --- | --- | --- | --- |"
-    for setting in SETTINGS:
+    for setting in settings:
         flag = f"`{_flag(setting)}`" + (" ✱" if setting.repeatable else "")
         default = setting.default or "none"
         values = f" One of {_options(setting)}." if _options(setting) else ""
