@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,11 @@ def quiet_libraries() -> None:
     """Silences what libraries that are only installed say when others import them: which kernels they do without."""
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def draws(stream: TextIO) -> bool:
+    """Whether bars may be drawn on a stream: it is a terminal that can, and nobody asked for plain text."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,8 @@ from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.commands import CommandError
 from service.commands.base import check_model
-from service.commands.output import say, show_json, working
+from service.commands.output import say, show_json
+from service.commands.progress import working
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from adapters.store.inventory import Finding
 from adapters.store.repair import Report, examine, repair
-from service.commands.output import say, show_columns, show_json, working
+from service.commands.output import say, show_columns, show_json
+from service.commands.progress import working
 
 
 def run(data_dir: Path, *, mend: bool, as_json: bool) -> int:

@@ -11,7 +11,8 @@ from adapters.parameters import Storage
 from adapters.reading import read_adapter
 from adapters.staging import staged_directory
 from service.api.adapter_files import OPTIONAL_FILES
-from service.commands.output import say, working
+from service.commands.output import say
+from service.commands.progress import working
 
 
 def run(directory: Path, *, format: str, output: Path) -> int:

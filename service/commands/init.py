@@ -16,7 +16,8 @@ from adapters.parameters import ParameterCount, Storage, count_parameters
 from adapters.targets import DEFAULT_TARGETS, LayerShape, check_binding
 from service.commands import CommandError
 from service.commands.base import BaseSkeleton, read_base
-from service.commands.output import say, show_facts, show_json, show_layers, working
+from service.commands.output import say, show_facts, show_json, show_layers
+from service.commands.progress import working
 
 _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 

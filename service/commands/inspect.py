@@ -15,7 +15,8 @@ from adapters.split_file import WEIGHTS_FILE, file_size
 from adapters.targets import check_binding
 from service.commands import CommandError
 from service.commands.base import read_base
-from service.commands.output import complain, say, show_counts, show_facts, show_json, show_layers, working
+from service.commands.output import complain, say, show_counts, show_facts, show_json, show_layers
+from service.commands.progress import working
 
 EXTRAS_WARNING = "trained biases and saved modules are held against the base by the server that loads them, not here"
 

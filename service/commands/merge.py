@@ -29,7 +29,8 @@ from service.commands.model_files import (
     read_model_config,
     write_model_config,
 )
-from service.commands.output import complain, progress, say, show_facts, show_json, working
+from service.commands.output import complain, say, show_facts, show_json
+from service.commands.progress import transferring, working
 from service.engine.base_model import DTYPES, BaseModelError, architecture, identify
 from service.engine.task import Task
 
@@ -82,7 +83,7 @@ def run(options: MergeOptions) -> int:
         if model.head is not None:
             merged |= classes_config(config, [member.given.directory for member in members], model.head)
         write_model_config(merged, staged)
-        with progress(f"Writing {options.output}", model.nbytes) as advance:
+        with transferring(f"Writing {options.output}", model.nbytes) as advance:
             report = model.write(
                 selection,
                 staged,

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from service.commands import CommandError
 from service.commands.base import check_model
-from service.commands.output import working
+from service.commands.progress import working
 
 CONFIG_FILE = "config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
