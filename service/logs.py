@@ -90,8 +90,10 @@ class JsonFormatter(_Formatter):
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries that are only installed say when others import them: which kernels they do without."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    """Silences what libraries that are only installed say when others import them: which kernels they do without,
+    and that the Hub is asked once more: the error at the end says that it cannot be reached.
+    """
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -326,7 +326,8 @@ def _read_key(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"the API key file {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"the API key file {path} cannot be read: {reason}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys or not _is_key(keys[0]) or keys[0].startswith("sha256:"):
         raise SettingsError(f"the API key file {path} does not begin with a key: write the key there, on one line")

@@ -40,6 +40,7 @@ COMMANDS: Sequence[Command] = tuple(
         serve, demo, inspect, init, export, blend, merge, push, bench, replay, key, doctor, settings_doc,
     )
 )  # fmt: skip
+_OPTIONS = ("-h", "--help", "--version")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +73,8 @@ def _run(words: list[str]) -> int:
         return EXIT_USAGE
     if words[0] == "help":
         words = [*words[1:2], "--help"]
+    if words[0].startswith("-") and words[0] not in _OPTIONS:
+        raise parser.unknown(words[0])
     _check_command(words[0])
     args, unknown = parser.parse_known_args(words)
     if unknown:

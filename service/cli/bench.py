@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from service.cli.command import Command
-from service.commands import UsageError
+from service.cli.command import Command, check_url
 from service.settings import API_KEY_VARIABLE, load_api_key
 
 _CONCURRENCY = 8
@@ -91,8 +90,7 @@ def _above_zero(text: str) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.url.startswith(("http://", "https://")):
-        raise UsageError(f"the URL is {args.url!r}; give the server's address, such as http://127.0.0.1:8000")
+    check_url("the URL", args.url)
     from service.commands import bench
     from service.commands.bench_answers import Dialect
     from service.commands.bench_client import Manner

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from service.commands import UsageError
 
@@ -56,6 +57,17 @@ class Parser(argparse.ArgumentParser):
         flag = word.partition("=")[0]
         text = f"{flag} is not understood here" + did_you_mean(flag, list(self._option_string_actions))
         return UsageError(f"{text}; see {self.prog} --help")
+
+
+def check_url(name: str, url: str) -> None:
+    """Raises UsageError for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f"{name} is {url!r}; give the server's address, such as http://127.0.0.1:8000")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -11,8 +11,10 @@ from service.logs import printable
 from service.settings import DEBUG_VARIABLE, SettingsError
 
 _REPORT_A_BUG = f"this is a bug in vblora-serve; set {DEBUG_VARIABLE}=1 for the traceback, and report it"
-_TOLD = (AdapterError, EngineError, CommandError, UsageError, SettingsError, FileExistsError)
+_TOLD = (AdapterError, EngineError, CommandError, UsageError, SettingsError)
+_FILE_ERROR = "SafetensorError"  # by name: importing its module takes longer than most commands' help
 _ADVICE = {
+    errno.EEXIST: "give a path where nothing is in the way",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file",
@@ -27,6 +29,10 @@ _ADVICE = {
 def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = _of_system(error)
+    elif isinstance(error, FileExistsError):
+        text = f"{error}; choose another path"
+    elif type(error).__name__ == _FILE_ERROR:
+        text = f"{error}; check the disk's room, and that the file is whole"
     elif isinstance(error, _TOLD):
         text = str(error)
     else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from service.cli.command import Command, add_json
+from service.cli.command import Command, add_json, check_url
 from service.commands import UsageError
 from service.settings import API_KEY_VARIABLE, load_api_key
+
+MOST_PARALLEL = 64
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +24,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-MOST_PARALLEL = 64
-
-
 def _run(args: argparse.Namespace) -> int:
-    if not args.url.startswith(("http://", "https://")):
-        raise UsageError(f"--url is {args.url!r}; give the server's address, such as http://127.0.0.1:8000")
+    check_url("--url", args.url)
     if not 1 <= args.parallel <= MOST_PARALLEL:
         raise UsageError(f"--parallel is {args.parallel}; give a number from 1 to {MOST_PARALLEL}")
     from service.commands import push

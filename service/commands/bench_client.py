@@ -18,6 +18,7 @@ from service.commands.bench_plan import WORDS, Ask
 BASE = "base"
 _PREFLIGHT_S = 30.0
 _RETRY_AFTER_S = 1.0  # where a refusal does not say
+_LEAST_WAIT_S = 0.1
 
 
 class Ending(StrEnum):
@@ -182,4 +183,4 @@ async def _refusal(response: httpx.Response) -> AnswerFailed:
     if response.status_code != 429:
         return error
     after = response.headers.get("retry-after", "")
-    return _Refused(error, float(after) if after.isdecimal() else _RETRY_AFTER_S)
+    return _Refused(error, max(_LEAST_WAIT_S, float(after)) if after.isdecimal() else _RETRY_AFTER_S)

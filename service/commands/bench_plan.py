@@ -74,7 +74,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UsageError(f"the prompt file {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"the prompt file {path} cannot be read: {reason}") from error
     is_json = path.suffix == ".jsonl"
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [_json_prompt(line, f"line {number} of {path}") if is_json else line for number, line in numbered]

@@ -13,13 +13,14 @@ from adapters.errors import AdapterError, BaseModelMismatch
 from adapters.factors import AdapterFactors
 from adapters.lora import ServedCheckpoint
 from adapters.merged_model import Architecture, MergedModel, MergeReport
-from adapters.reading import as_served, read_adapter
+from adapters.reading import as_served
 from adapters.sharded import ShardedWeights
 from adapters.staging import check_free, staged_directory
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.api.chat_files import chat_template_of
 from service.commands import CommandError
+from service.commands.adapter import read_directory
 from service.commands.blend import WeightedDirectory
 from service.commands.merged_classes import classes_config
 from service.commands.model_files import (
@@ -103,13 +104,9 @@ def _read(member: WeightedDirectory) -> _Member:
         raise CommandError(
             f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
         )
-    with working(f"Reading {directory}"):
-        try:
-            checkpoint = as_served(read_adapter(directory))
-        except AdapterError as error:
-            raise CommandError(f"{directory} is refused ({error.code}): {error.message}") from error
-        files = {name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()}
-        return _Member(member, checkpoint, digest_of_files(files))
+    checkpoint = as_served(read_directory(directory))
+    files = {name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()}
+    return _Member(member, checkpoint, digest_of_files(files))
 
 
 def _check_name(member: _Member, identity: BaseIdentity, model: str) -> str | None:

@@ -85,10 +85,12 @@ def _adapters_in(directory: Path) -> list[Path]:
     if (directory / CONFIG_FILE).is_file():
         return [directory]
     if not directory.is_dir():
-        raise CommandError(f"{directory} is not a directory")
+        raise CommandError(f"{directory} is not a directory; give an adapter's, or one that holds some")
     found = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
     if not found:
-        raise CommandError(f"{directory} holds no {CONFIG_FILE}, nor does any directory in it")
+        raise CommandError(
+            f"{directory} holds no {CONFIG_FILE}, nor does any directory in it; give an adapter's directory"
+        )
     return found
 
 

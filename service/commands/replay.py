@@ -14,6 +14,7 @@ from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.schemas.receipt import Receipt, ReceiptChoice
 from service.commands import CommandError
+from service.commands.base import check_model
 from service.commands.output import say, show_facts, show_json
 from service.commands.progress import counting, working
 from service.commands.replay_evidence import (
@@ -56,6 +57,7 @@ def run(options: ReplayOptions) -> int:
     evidence = read_evidence(options.receipt)
     adapters, foreign = find_adapters(evidence.receipt, options.adapters)
     check_complete(evidence.receipt, options.prompt_file)
+    check_model(options.model)
     mismatches = [*evidence.mismatches, *foreign]
     choices: list[ChoiceReplay] = []
     tokenizer: TextTokenizer | None = None

@@ -23,6 +23,7 @@ from service.api.keys import KeyFileError, KeyRing, load_key_file
 from service.app import create_app
 from service.assembly import Server, build_server
 from service.commands import CommandError
+from service.commands.base import check_model
 from service.commands.output import say
 from service.engine.base_model import BaseModelError
 from service.engine.seam import Engine
@@ -44,6 +45,8 @@ def run(settings: Settings) -> int:
     end_on_sigterm()
     hangups = remember_sighup()
     log.info("settings", extra=settings.shown())
+    assert settings.model is not None
+    check_model(settings.model)
     with listening(settings.host, settings.port) as listener:
         if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("whoever reaches this address may use the server and change its adapters: set --api-key-file")
