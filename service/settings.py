@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 PREFIX = "VBLORA_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 DEBUG_VARIABLE = f"{PREFIX}DEBUG"
-API_KEY_VARIABLE = f"{PREFIX}API_KEY"  # a client's: `vblora-serve push` sends it
+API_KEY_VARIABLE = f"{PREFIX}API_KEY"  # a client's: `vblora-serve push` and `bench` send it
 
 # Kubernetes describes every Service to every pod: one called `vblora` becomes VBLORA_PORT=tcp://10.0.0.1:8000.
 _SERVICE_LINK = re.compile(r"\w+_SERVICE_(HOST|PORT)(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PORT|PROTO|ADDR))?")

@@ -41,12 +41,12 @@ _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
+    assert settings.model is not None
+    check_model(settings.model)
     setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts)
     end_on_sigterm()
     hangups = remember_sighup()
     log.info("settings", extra=settings.shown())
-    assert settings.model is not None
-    check_model(settings.model)
     with listening(settings.host, settings.port) as listener:
         if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("whoever reaches this address may use the server and change its adapters: set --api-key-file")

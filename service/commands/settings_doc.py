@@ -16,7 +16,7 @@ Written by `vblora-serve settings-doc`; do not edit by hand.
 Every setting of `vblora-serve serve` is a flag, a variable, and a key of the TOML file that `--config` (or
 `VBLORA_CONFIG`) names. A flag wins over a variable, a variable over the file, the file over the default. An unknown
 variable that begins with `VBLORA_`, and an unknown key of the file, are errors. `VBLORA_DEBUG=1` adds tracebacks to
-error messages; `VBLORA_API_KEY` is what `vblora-serve push` sends.
+error messages; `VBLORA_API_KEY` is what `vblora-serve push` and `bench` send.
 
 A flag marked ✱ may be given several times; its variable is a list with commas, its key of the file an array. Sizes
 are written as `512MiB`, `2GiB` or `1000000` (`MB` is 1000 × 1000 bytes, `MiB` 1024 × 1024). Relative paths start at

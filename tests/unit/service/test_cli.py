@@ -327,7 +327,7 @@ class TestInit:
     def test_it_overwrites_nothing(self, capsys: pytest.CaptureFixture[str], base: Path, compact: Path) -> None:
         code, _, err = run(capsys, "init", "--model", base, *SMALL, "--output", compact)
         assert code == 1
-        assert "is not empty; choose another --output" in err
+        assert "is not an empty directory; choose another path" in err
 
 
 class TestExport:
