@@ -54,6 +54,10 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "kubectl": "tests/deploy/test_kubernetes.py: the manifests, by their schemas and against the image",
         "promtool": "tests/heavy/test_prometheus.py: Prometheus itself, where it is installed",
     },
+    "docs/cli.md": {
+        "vblora-serve demo": "serves on; tests/demo/test_adapters_generate_their_style.py: what it shows",
+        "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",
+    },
     "docs/export.md": {
         "vllm serve": _OTHER_SERVER,
         "curl http://127.0.0.1:8000/v1/load_lora_adapter": _OTHER_SERVER,

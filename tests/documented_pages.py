@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.cli import _parser, _settings
+from service.cli import make_parser
+from service.cli.settings_flags import settings_of
 from service.demo.run import ASSETS
 from tests.documented import VOLATILE, Command, commands_in, differences, shown
 from tests.documented_blocks import SERVES, Block, blocks_of, elsewhere, own_server
@@ -66,7 +67,8 @@ class Run:
     def sh(self, command: str) -> None:
         """Runs a command, which must succeed. What starts a server is read alone: the page's server runs already."""
         if command.startswith(SERVES):
-            _settings(_parser().parse_args(shlex.split(command, comments=True)[1:]))
+            with chdir(self.folder):  # where a --config of the page lies
+                settings_of(make_parser().parse_args(shlex.split(command, comments=True)[1:]))
             return
         done = self._bash(command)
         assert done.returncode == 0, f"{self.page}: {command}\n{done.stdout}{done.stderr}"
