@@ -1,0 +1,3 @@
+export function Adapters() {
+  return <h1>Adapters</h1>
+}
