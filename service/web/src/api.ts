@@ -52,6 +52,19 @@ export interface AdapterDetail extends Omit<Adapter, "target_modules"> {
   versions: AdapterVersion[]
 }
 
+/** An adapter's parameters by what they are; of plain LoRA, whatever is VB-LoRA's is null. */
+export interface Parameters {
+  storage: Adapter["storage"]
+  vblora_params: number | null
+  other_params: number
+  total_params: number
+  vector_bank_params: number | null
+  full_logits_params: number | null
+  lora_params: number
+  r: number
+  summary: string
+}
+
 /** Which vectors of the bank a layer's tiles use: each side's row sums to 1. */
 export interface BankUsage {
   adapter: string
@@ -218,6 +231,9 @@ export class Client {
   bank(name: string, columns: number): Promise<BankUsage> {
     return this.json("GET", `v1/adapters/${encodeURIComponent(name)}/bank?columns=${columns}`)
   }
+
+  parameters = (name: string) =>
+    this.json<Parameters>("GET", `v1/adapters/${encodeURIComponent(name)}/parameters`)
 
   activate(name: string, mode: "switch" | "merge"): Promise<Adapter> {
     return this.json("POST", `v1/adapters/${encodeURIComponent(name)}/activate`, { mode })
