@@ -16,7 +16,7 @@ const routes = [
 
 export default defineConfig({
   base: "./", // the page works under any prefix that a proxy gives it
-  publicDir: "public",
+  publicDir: false, // all of it is in the assets, hashed
   build: {
     outDir: "dist",
     target: "es2022",

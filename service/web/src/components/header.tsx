@@ -1,4 +1,5 @@
 import { signal } from "@preact/signals"
+import icon from "../icon.svg"
 import { apiKey, place, version, whoAmI } from "../state.ts"
 import { nextTheme, theme } from "../theme.ts"
 
@@ -14,7 +15,7 @@ export function Header() {
   return (
     <header class="top">
       <a class="brand" href="#/adapters">
-        <img src="./icon.svg" alt="" width="24" height="24" />
+        <img src={icon} alt="" width="24" height="24" />
         <span>vblora-serve</span>
       </a>
       <nav aria-label="Views">
