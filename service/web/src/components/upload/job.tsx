@@ -90,7 +90,7 @@ function Status({ job: { progress } }: { job: Job }) {
       )
     case "stored":
       return (
-        <p class="stored" role="status">
+        <p class="done" role="status">
           Stored as{" "}
           <a href={`#/adapters/${encodeURIComponent(progress.adapter.name)}`}>{progress.adapter.name}</a>.
         </p>
