@@ -7,7 +7,7 @@ import { adapters, client, keyRefused, loadAdapters, notify } from "../state.ts"
 import { batches, missing, nameFault, nameFrom } from "./files.ts"
 import type { Batch, Files, Found } from "./files.ts"
 import { send } from "./send.ts"
-import type { Options } from "./send.ts"
+import type { Options } from "./form.ts"
 
 export type Progress =
   | { at: "chosen" }

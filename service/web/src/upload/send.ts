@@ -2,36 +2,9 @@
 
 import { ApiError, errorOf } from "../api.ts"
 import type { Adapter, Client } from "../api.ts"
-import { PARTS } from "./files.ts"
-import type { Files, Part } from "./files.ts"
-
-export type Activation = "" | "switch" | "merge"
-
-export interface Options {
-  name: string
-  replace: boolean
-  mismatch: boolean
-  activate: Activation
-}
-
-export function uploadPath({ replace, mismatch }: Options): string {
-  const query = new URLSearchParams()
-  if (replace) query.set("replace", "true")
-  if (mismatch) query.set("allow_base_mismatch", "true")
-  return query.size > 0 ? `v1/adapters?${query}` : "v1/adapters"
-}
-
-/** The name comes first: the server refuses a bad one before it reads on. */
-export function formOf(options: Options, files: Files): FormData {
-  const form = new FormData()
-  form.append("name", options.name)
-  if (options.activate) form.append("activate", options.activate)
-  for (const part of Object.keys(PARTS) as Part[]) {
-    const file = files[part]
-    if (file) form.append(part, file, PARTS[part])
-  }
-  return form
-}
+import type { Files } from "./files.ts"
+import { formOf, uploadPath } from "./form.ts"
+import type { Options } from "./form.ts"
 
 /** Resolves to the stored adapter. ApiError in the server's words; an AbortError when `signal` ends it. */
 export function send(

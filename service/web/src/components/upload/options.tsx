@@ -1,6 +1,6 @@
 /** The fields that both ways of adding an adapter have. */
 
-import type { Activation, Options } from "../../upload/send.ts"
+import type { Activation, Options } from "../../upload/form.ts"
 import { nameFault } from "../../upload/files.ts"
 import { exists } from "../../upload/queue.ts"
 
