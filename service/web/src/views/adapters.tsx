@@ -75,15 +75,14 @@ function Totals() {
   const size = all.reduce((sum, { file_bytes }) => sum + file_bytes, 0)
   return (
     <p class="totals">
-      <span>{all.length === 1 ? "1 adapter" : `${count(all.length)} adapters`}</span>
-      <span>{bytes(size)} on disk</span>
+      {all.length === 1 ? "1 adapter" : `${count(all.length)} adapters`} · {bytes(size)} on disk ·{" "}
       {active ? (
-        <span>
+        <>
           active: <a href={`#/adapters/${encodeURIComponent(active.name)}`}>{active.name}</a>
-          {active.mode === "merge" ? ", merged" : ""}
-        </span>
+          {active.mode === "merge" && ", merged"}
+        </>
       ) : (
-        <span>none is active: the base answers</span>
+        "none is active: the base answers"
       )}
     </p>
   )

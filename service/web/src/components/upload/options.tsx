@@ -18,24 +18,26 @@ export function OptionFields({ id, options, disabled, change }: Props) {
     fault ?? (taken ? "An adapter of this name exists: choose to replace it, or another name." : "")
   return (
     <>
-      <label class="field">
-        Name
-        <input
-          type="text"
-          value={options.name}
-          disabled={disabled}
-          required
-          maxLength={128}
-          spellcheck={false}
-          autocomplete="off"
-          aria-invalid={fault !== null}
-          aria-describedby={`${id}-hint`}
-          onInput={(event) => change({ name: event.currentTarget.value })}
-        />
+      <div class="field">
+        <label>
+          Name
+          <input
+            type="text"
+            value={options.name}
+            disabled={disabled}
+            required
+            maxLength={128}
+            spellcheck={false}
+            autocomplete="off"
+            aria-invalid={fault !== null}
+            aria-describedby={`${id}-hint`}
+            onInput={(event) => change({ name: event.currentTarget.value })}
+          />
+        </label>
         <span id={`${id}-hint`} class={fault === null ? "hint" : "hint bad"}>
           {hint}
         </span>
-      </label>
+      </div>
       <label class="field">
         Then
         <select

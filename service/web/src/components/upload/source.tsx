@@ -42,19 +42,24 @@ export function SourceForm() {
   }
   return (
     <form class="job" onSubmit={submit} aria-label="Register from a source" noValidate>
-      <label class="field whole">
-        Source
-        <input
-          type="text"
-          value={source}
-          disabled={working}
-          spellcheck={false}
-          autocomplete="off"
-          placeholder="hf://org/repo@revision or /path/on/the/server"
-          onInput={(event) => typed(event.currentTarget.value)}
-        />
-        <span class="hint">The server must have been started with an --allow-source that covers it.</span>
-      </label>
+      <div class="field whole">
+        <label>
+          Source
+          <input
+            type="text"
+            value={source}
+            disabled={working}
+            spellcheck={false}
+            autocomplete="off"
+            placeholder="hf://org/repo@revision or /path/on/the/server"
+            aria-describedby="source-meaning"
+            onInput={(event) => typed(event.currentTarget.value)}
+          />
+        </label>
+        <span id="source-meaning" class="hint">
+          The server must have been started with an --allow-source that covers it.
+        </span>
+      </div>
       <OptionFields
         id="source"
         options={options}
