@@ -31,7 +31,7 @@ export function ConfirmDialog() {
       class="card confirm"
       aria-labelledby="confirm-title"
       aria-describedby="confirm-text"
-      onClose={() => (question.value = null)}
+      onClose={closed}
     >
       <h2 id="confirm-title">{asked?.title}</h2>
       <p id="confirm-text">{asked?.text}</p>
@@ -55,6 +55,12 @@ export function ConfirmDialog() {
       </div>
     </dialog>
   )
+}
+
+/** The browser gives the focus back to where it was; that may have been deleted meanwhile. */
+function closed(): void {
+  question.value = null
+  if (document.activeElement === document.body) document.getElementById("main")?.focus()
 }
 
 async function answer(asked: Question): Promise<void> {

@@ -42,6 +42,8 @@ export function DropZone() {
 async function take(transfer: DataTransfer): Promise<void> {
   try {
     add(await filesOf(entriesOf(transfer)))
+    // One may have scrolled far down when dropping.
+    requestAnimationFrame(() => document.querySelector("section.upload")?.scrollIntoView())
   } catch (error) {
     report(error) // a file that cannot be read
   }

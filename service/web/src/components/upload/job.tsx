@@ -29,13 +29,14 @@ export function JobForm({ job }: { job: Job }) {
             {job.progress.at === "stored" ? "Dismiss" : "Remove"}
           </button>
         )}
+        {/* By key: were it one element, the click that cancels would find it a submit button in the end. */}
         {editable ? (
-          <button type="submit" class="primary" disabled={!isReady(job)}>
+          <button key="upload" type="submit" class="primary" disabled={!isReady(job)}>
             {job.progress.at === "refused" ? "Try again" : "Upload"}
           </button>
         ) : (
           job.progress.at !== "stored" && (
-            <button type="button" onClick={() => cancel(job.id)}>
+            <button key="cancel" type="button" onClick={() => cancel(job.id)}>
               Cancel
             </button>
           )
