@@ -10,7 +10,7 @@ import { UploadPanel } from "../components/upload/panel.tsx"
 import { bytes, count } from "../format.ts"
 import { usePolling } from "../polling.ts"
 import { whyNoChange } from "../rights.ts"
-import { adapters, adaptersLoaded, keyRefused, loadAdapters, whoAmI } from "../state.ts"
+import { adapters, adaptersLoaded, keyRefused, loadAdapters, moreAdapters, whoAmI } from "../state.ts"
 import { ApiError } from "../api.ts"
 import { panelOpen } from "../upload/queue.ts"
 import "./adapters.css"
@@ -75,6 +75,7 @@ function Totals() {
   const size = all.reduce((sum, { file_bytes }) => sum + file_bytes, 0)
   return (
     <p class="totals">
+      {moreAdapters.value && "more than "}
       {all.length === 1 ? "1 adapter" : `${count(all.length)} adapters`} · {bytes(size)} on disk ·{" "}
       {active ? (
         <>

@@ -3,7 +3,7 @@
 import { bytes } from "../../format.ts"
 import { PARTS, missing } from "../../upload/files.ts"
 import type { Part } from "../../upload/files.ts"
-import { cancel, change, isEditable, isReady, remove, start } from "../../upload/queue.ts"
+import { cancel, change, isEditable, isReady, jobs, remove, start } from "../../upload/queue.ts"
 import type { Job } from "../../upload/queue.ts"
 import { OptionFields } from "./options.tsx"
 
@@ -31,7 +31,12 @@ export function JobForm({ job }: { job: Job }) {
         )}
         {/* By key: were it one element, the click that cancels would find it a submit button in the end. */}
         {editable ? (
-          <button key="upload" type="submit" class="primary" disabled={!isReady(job)}>
+          <button
+            key="upload"
+            type="submit"
+            class={jobs.value.length === 1 ? "primary" : ""}
+            disabled={!isReady(job)}
+          >
             {job.progress.at === "refused" ? "Try again" : "Upload"}
           </button>
         ) : (

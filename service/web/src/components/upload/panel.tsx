@@ -43,7 +43,7 @@ function FromFiles() {
         <JobForm key={job.id} job={job} />
       ))}
       {jobs.value.length > 1 && (
-        <div class="row end">
+        <div class="row end all">
           {finished && (
             <button type="button" class="quiet" onClick={clear}>
               Clear those that are stored
