@@ -13,11 +13,12 @@ export interface Delta {
 
 export interface GenerateRequest {
   prompt: string
-  max_new_tokens: number
-  temperature: number
+  max_new_tokens?: number
+  temperature?: number
   top_p?: number
   top_k?: number
   seed?: number
+  mode?: "switch" | "merge"
 }
 
 /** Yields each delta; throws ApiError if the server refuses, or fails on the way. */
