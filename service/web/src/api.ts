@@ -99,7 +99,7 @@ export interface Stats {
   cached_tokens: number | null
   latency: { first_token_s: Quantiles; inter_token_s: Quantiles; total_s: Quantiles } | null
   memory: {
-    process_bytes: number
+    process_bytes: number | null // where the operating system does not tell
     device_bytes: number | null
     weight_bytes: number
     kv_bytes: number
