@@ -15,8 +15,8 @@ export function Live() {
       {moments.value.length > 0 && (
         <div class="charts">
           <Requests />
-          <Batch />
           <Tokens />
+          <Batch />
           <Latency title="Time to the first token" of="first_token_s" />
           <Latency title="Time between tokens" of="inter_token_s" />
           <Latency title="Time of whole requests" of="total_s" />

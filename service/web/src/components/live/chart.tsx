@@ -17,13 +17,15 @@ export interface Series {
   area?: boolean // on top of the areas before it
 }
 
+export type Size = "third" | "half" | "whole" // of the view's width
+
 interface Props {
   title: string
   times: number[]
   series: Series[]
   format: (value: number) => string
   whole?: boolean // counts: no ticks between 1 and 2
-  wide?: boolean
+  size?: Size
   note?: string
 }
 
@@ -33,7 +35,7 @@ const EDGE = { left: 62, right: 10, top: 10, bottom: 24 }
 /** The moment that all charts show; null: the latest. */
 export const pointed = signal<number | null>(null)
 
-export function Chart({ title, times, series, format, whole, wide, note }: Props) {
+export function Chart({ title, times, series, format, whole, size = "half", note }: Props) {
   const id = useId()
   const [box, width] = useWidth()
   const [spoken, setSpoken] = useState(false) // the moment was chosen by key: say it
@@ -68,7 +70,7 @@ export function Chart({ title, times, series, format, whole, wide, note }: Props
     setSpoken(false)
   }
   return (
-    <figure class={wide ? "card chart wide" : "card chart"} aria-labelledby={`${id}-title`}>
+    <figure class={`card chart ${size}`} aria-labelledby={`${id}-title`}>
       <figcaption>
         <h2 id={`${id}-title`}>{title}</h2>
         <span class="faint when">{pointed.value === null ? "now" : ago(end - (times[shown] ?? end))}</span>

@@ -1,13 +1,12 @@
 /** The charts, each of what it shows; one that this key may not see says so in its place. */
 
-import type { ComponentChildren } from "preact"
 import type { Stats } from "../../api.ts"
 import { bytes, count, seconds, short } from "../../format.ts"
 import { moments } from "../../live/poll.ts"
 import { FOREIGN, OTHERS, rates, readings, shares } from "../../live/ring.ts"
 import { Slots } from "../../live/slots.ts"
 import { Chart } from "./chart.tsx"
-import type { Series } from "./chart.tsx"
+import type { Series, Size } from "./chart.tsx"
 
 const MOST_NAMED = 8
 const GREY = 9
@@ -50,6 +49,7 @@ export function Batch() {
       series={series}
       format={rows}
       whole
+      size="whole"
       {...(note !== undefined && { note })}
     />
   )
@@ -75,21 +75,28 @@ interface LatencyProps {
 }
 
 export function Latency({ title, of }: LatencyProps) {
-  if (moments.value.at(-1)?.latency === null) return <Hidden title={title} />
+  if (moments.value.at(-1)?.latency === null) return <Hidden title={title} size="third" />
   const series: Series[] = [
     {
-      name: "Half are below",
+      name: "p50, the median",
       slot: 1,
       values: readings(moments.value, (stats) => stats.latency?.[of].p50 ?? null),
     },
     {
-      name: "95 % are below",
+      name: "p95",
       slot: 3,
       values: readings(moments.value, (stats) => stats.latency?.[of].p95 ?? null),
     },
   ]
   return (
-    <Chart title={title} times={times()} series={series} format={span} note="Of the last 60 seconds each." />
+    <Chart
+      title={title}
+      times={times()}
+      series={series}
+      format={span}
+      size="third"
+      note="Of the last 60 seconds."
+    />
   )
 }
 
@@ -98,7 +105,7 @@ const span = (value: number): string => (value === 0 ? "0" : seconds(value))
 
 export function Memory() {
   const last = moments.value.at(-1)
-  if (last?.memory === null) return <Hidden title="Memory" wide />
+  if (last?.memory === null) return <Hidden title="Memory" size="whole" />
   const read = (pick: (memory: NonNullable<Stats["memory"]>) => number | null) =>
     readings(moments.value, ({ memory }) => (memory === null ? null : pick(memory)))
   const all: Series[] = [
@@ -122,23 +129,17 @@ export function Memory() {
   ]
   const series = all.filter(({ values }) => values.some((value) => value !== null))
   const budget = last?.memory ? `Keys and values may take up to ${bytes(last.memory.kv_budget_bytes)}.` : ""
-  return <Chart title="Memory" times={times()} series={series} format={bytes} wide note={budget} />
+  return <Chart title="Memory" times={times()} series={series} format={bytes} size="whole" note={budget} />
 }
 
-function Hidden({ title, wide }: { title: string; wide?: boolean }) {
+function Hidden({ title, size = "half" }: { title: string; size?: Size }) {
   return (
-    <Notice title={title} wide={wide ?? false}>
-      Not shown to this key: it is about everybody's requests. The server's operator can make it public (
-      <code>--metrics-public</code>).
-    </Notice>
-  )
-}
-
-function Notice({ title, wide, children }: { title: string; wide: boolean; children: ComponentChildren }) {
-  return (
-    <section class={wide ? "card chart wide hidden-chart" : "card chart hidden-chart"}>
+    <section class={`card chart ${size}`}>
       <h2>{title}</h2>
-      <p class="faint">{children}</p>
+      <p class="faint">
+        Not shown to this key: it is about everybody's requests. With <code>--metrics-public</code> the server
+        shows it to all.
+      </p>
     </section>
   )
 }

@@ -24,7 +24,7 @@ export function Now() {
           {trouble.value} The charts go on when it answers again.
         </p>
       )}
-      <dl class="now card">
+      <dl class="now-facts card">
         {facts.map(([name, value]) => (
           <div key={name}>
             <dt>{name}</dt>

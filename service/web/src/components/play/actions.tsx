@@ -14,7 +14,7 @@ interface Props {
 
 export function Actions({ column, name, text }: Props) {
   return (
-    <div class="row actions">
+    <div class="row take">
       {text !== undefined && (
         <button
           type="button"

@@ -24,7 +24,7 @@ export function AnswerText({ answer, reference }: Props) {
       {answer.error !== null && (
         <p class="refusal">
           {answer.error.message}
-          {answer.error.code !== "" && <code class="code">{answer.error.code}</code>}
+          {answer.error.code !== "" && <code class="error-code">{answer.error.code}</code>}
         </p>
       )}
     </div>
@@ -34,9 +34,9 @@ export function AnswerText({ answer, reference }: Props) {
 const ended = (answer: Answer) => ({ tokens: answer.tokens, ended: answer.finish !== null })
 
 function Badge({ found, reference }: { found: Divergence | null; reference: boolean }) {
-  if (reference) return <p class="badge faint">the reference</p>
+  if (reference) return <p class="compared faint">the reference</p>
   const words = found === null ? "" : wordsOf(found)
-  return <p class={found?.kind === "from" ? "badge differs" : "badge faint"}>{words || "\u00a0"}</p>
+  return <p class={found?.kind === "from" ? "compared differs" : "compared faint"}>{words || "\u00a0"}</p>
 }
 
 function Text({ answer, found }: { answer: Answer; found: Divergence | null }) {

@@ -21,7 +21,7 @@ export function Blend({ title, rows, onChange, children }: Props) {
     onChange([...rows, { name: next?.name ?? "", weight: 1 }])
   }
   return (
-    <div class="blend">
+    <div class="blend-rows">
       {rows.map((row, i) => (
         <Row
           key={i}

@@ -22,7 +22,7 @@ export function ColumnCard({ column, letter }: { column: Column; letter: string 
   return (
     <section class="card column" aria-label={`Column ${letter}: ${titleOf(column)}`}>
       <Head column={column} letter={letter} compares={!pools} />
-      <div class="choice">
+      <div class="runs">
         {column.kind === "one" ? (
           <Picker
             label={`Adapter of ${name}`}

@@ -10,7 +10,7 @@ export function Facts({ answer }: { answer: Answer | undefined }) {
   const first = answer ? firstTokenS(answer) : null
   const rate = answer ? tokensPerS(answer) : null
   return (
-    <dl class="facts">
+    <dl class="answer-facts">
       <Fact name="Tokens">{answer ? count(answer.tokens.length) : "–"}</Fact>
       <Fact name="Speed">{rate === null ? "–" : `${short(rate)} tokens/s`}</Fact>
       <Fact name="First token">{first === null ? "–" : seconds(first)}</Fact>

@@ -13,7 +13,7 @@ export function PooledAnswer({ answer }: { answer: Pooled | undefined }) {
       <div class="answer">
         <p class="refusal">
           {answer.message}
-          {answer.code !== "" && <code class="code">{answer.code}</code>}
+          {answer.code !== "" && <code class="error-code">{answer.code}</code>}
         </p>
       </div>
     )
@@ -37,7 +37,7 @@ export function PooledAnswer({ answer }: { answer: Pooled | undefined }) {
 function Bars({ text, found }: { text: string; found: Classified }) {
   const best = found.probs.indexOf(Math.max(...found.probs))
   return (
-    <table class="bars">
+    <table class="label-bars">
       <caption>{text}</caption>
       <tbody>
         {found.probs.map((prob, i) => (
@@ -57,8 +57,8 @@ function Bars({ text, found }: { text: string; found: Classified }) {
 function Matrix({ texts, cosines }: { texts: string[]; cosines: number[][] }) {
   return (
     <>
-      <div class="scroll">
-        <table class="matrix">
+      <div class="scrolls">
+        <table class="cosines">
           <caption>Cosine similarity</caption>
           <thead>
             <tr>
@@ -86,7 +86,7 @@ function Matrix({ texts, cosines }: { texts: string[]; cosines: number[][] }) {
           </tbody>
         </table>
       </div>
-      <ol class="texts">
+      <ol class="text-list">
         {texts.map((text, i) => (
           <li key={i}>{text}</li>
         ))}

@@ -48,7 +48,7 @@ export function Save({ column, title }: { column: Column; title: string }) {
     )
   }
   return (
-    <form class="save" onSubmit={submit} onKeyDown={onKeyDown}>
+    <form class="blend-save" onSubmit={submit} onKeyDown={onKeyDown}>
       <input
         ref={focused}
         aria-label={`Name to save ${title} under`}
