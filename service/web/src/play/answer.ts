@@ -16,10 +16,11 @@ export interface Answer {
   usage: Delta["usage"]
   timing: Delta["timing"]
   seed: number | null
+  of: string // what was asked, as the column was called then
   error: { message: string; code: string } | null
 }
 
-export function blank(now: number, seed: number | null): Answer {
+export function blank(of: string, now: number, seed: number | null): Answer {
   return {
     status: "waiting",
     tokens: [],
@@ -33,6 +34,7 @@ export function blank(now: number, seed: number | null): Answer {
     usage: null,
     timing: null,
     seed,
+    of,
     error: null,
   }
 }

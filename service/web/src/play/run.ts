@@ -9,7 +9,7 @@ import { blank, take } from "./answer.ts"
 import type { Answer } from "./answer.ts"
 import { classify, embed } from "./pooled.ts"
 import type { Pooled } from "./pooled.ts"
-import { lackOf, lines, samplingOf, selectionOf } from "./setup.ts"
+import { lackOf, lines, samplingOf, selectionOf, titleOf } from "./setup.ts"
 import type { Column, Options, Setup } from "./setup.ts"
 import { setup } from "./state.ts"
 
@@ -21,6 +21,13 @@ let controller: AbortController | null = null
 
 export function stop(): void {
   controller?.abort()
+}
+
+/** Answers of other columns, which had the same numbers. */
+export function forget(): void {
+  stop()
+  answers.value = new Map()
+  pooled.value = new Map()
 }
 
 export async function run(): Promise<void> {
@@ -45,7 +52,9 @@ export function seeded(options: Options): Options {
 
 async function runGenerations(asked: Setup, signal: AbortSignal): Promise<void> {
   const options = seeded(asked.options)
-  const drafts = new Map(asked.columns.map(({ id }) => [id, blank(performance.now(), options.seed)]))
+  const drafts = new Map(
+    asked.columns.map((column) => [column.id, blank(titleOf(column), performance.now(), options.seed)]),
+  )
   const publish = frameByFrame(() => {
     answers.value = new Map([...drafts].map(([id, draft]) => [id, { ...draft }]))
   })

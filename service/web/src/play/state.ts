@@ -62,10 +62,13 @@ export function toBlend(column: Column): void {
   change(column.id, { kind: "blend", blend: column.blend.length > 0 ? column.blend : begun })
 }
 
+let lastId = 0 // an id is not used again: the answers of a column that was removed are not another's
+
 export function addColumn(): void {
   if (full.value) return
   const { columns } = setup.value
-  const id = Math.max(0, ...columns.map((column) => column.id)) + 1
+  const id = Math.max(lastId, ...columns.map((column) => column.id)) + 1
+  lastId = id
   const taken = new Set(columns.map((column) => column.name))
   const next = adapters.value.find((adapter) => !taken.has(adapter.name)) ?? adapters.value[0]
   const column: Column = { id, kind: "one", name: next?.name ?? BASE_NAME, blend: [] }
@@ -76,6 +79,7 @@ export function removeColumn(id: number): void {
   const columns = setup.value.columns.filter((column) => column.id !== id)
   const [first] = columns
   if (first === undefined) return
+  lastId = Math.max(lastId, id)
   const reference = setup.value.reference === id ? first.id : setup.value.reference
   setup.value = { ...setup.value, columns, reference }
 }

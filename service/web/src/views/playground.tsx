@@ -5,7 +5,7 @@ import { Ask } from "../components/play/ask.tsx"
 import { ColumnCard } from "../components/play/column.tsx"
 import { Summary } from "../components/play/summary.tsx"
 import { adapters, mayInfer, place } from "../state.ts"
-import { run, running, stop } from "../play/run.ts"
+import { forget, run, running, stop } from "../play/run.ts"
 import { fillIn, openLinked, setup } from "../play/state.ts"
 import "./playground.css"
 
@@ -14,7 +14,9 @@ const LETTERS = "ABCDEF"
 export function Playground() {
   const linked = place.value.name
   useEffect(() => {
-    if (linked !== null) openLinked(linked)
+    if (linked === null) return
+    forget()
+    openLinked(linked)
   }, [linked])
   useEffect(fillIn, [adapters.value])
   useEffect(() => {

@@ -24,6 +24,7 @@ interface Props {
   times: number[]
   series: Series[]
   format: (value: number) => string
+  axis?: (value: number, top: number) => string // of the ticks: one unit for all of them
   whole?: boolean // counts: no ticks between 1 and 2
   size?: Size
   note?: string
@@ -35,7 +36,7 @@ const EDGE = { left: 62, right: 10, top: 10, bottom: 24 }
 /** The moment that all charts show; null: the latest. */
 export const pointed = signal<number | null>(null)
 
-export function Chart({ title, times, series, format, whole, size = "half", note }: Props) {
+export function Chart({ title, times, series, format, axis, whole, size = "half", note }: Props) {
   const id = useId()
   const [box, width] = useWidth()
   const [spoken, setSpoken] = useState(false) // the moment was chosen by key: say it
@@ -92,7 +93,14 @@ export function Chart({ title, times, series, format, whole, size = "half", note
           onPointerLeave={leave}
         >
           <Patterns id={id} slots={series.filter((each) => each.area).map(({ slot }) => slot)} />
-          <Axes marks={marks} x={x} y={y} end={end} format={format} width={width} />
+          <Axes
+            marks={marks}
+            x={x}
+            y={y}
+            end={end}
+            format={(mark) => (axis ?? format)(mark, marks.at(-1) ?? 0)}
+            width={width}
+          />
           {series
             .filter((each) => each.area)
             .map(({ name, slot }, i) => (

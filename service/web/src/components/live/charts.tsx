@@ -93,15 +93,17 @@ export function Latency({ title, of }: LatencyProps) {
       title={title}
       times={times()}
       series={series}
-      format={span}
+      format={seconds}
+      axis={span}
       size="third"
       note="Of the last 60 seconds."
     />
   )
 }
 
-/** Ticks at 0 need no unit. */
-const span = (value: number): string => (value === 0 ? "0" : seconds(value))
+function span(value: number, top: number): string {
+  return top < 1 ? `${Number((value * 1000).toPrecision(3))} ms` : `${Number(value.toPrecision(3))} s`
+}
 
 export function Memory() {
   const last = moments.value.at(-1)

@@ -5,15 +5,19 @@ import { charactersBefore, divergence, wordsOf } from "../../play/diverge.ts"
 import type { Divergence } from "../../play/diverge.ts"
 
 interface Props {
+  title: string // what the column runs with now
   answer: Answer | undefined
   reference: Answer | null | undefined // null: this is the reference itself
 }
 
-export function AnswerText({ answer, reference }: Props) {
+export function AnswerText({ title, answer, reference }: Props) {
   if (answer === undefined) return <div class="answer faint">Nothing was asked yet.</div>
   const found = reference ? divergence(ended(answer), ended(reference)) : null
   return (
     <div class="answer" aria-busy={answer.status === "waiting" || answer.status === "streaming"}>
+      {answer.of !== title && (
+        <p class="compared faint">The answer of {answer.of}; run again for the new choice.</p>
+      )}
       <Badge found={found} reference={reference === null} />
       {answer.status === "waiting" && <p class="faint waiting">Waiting for the first token…</p>}
       {answer.text !== "" && <Text answer={answer} found={found} />}

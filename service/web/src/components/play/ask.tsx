@@ -4,6 +4,7 @@ import { mayInfer, whoAmI } from "../../state.ts"
 import { run, running, stop } from "../../play/run.ts"
 import type { Options } from "../../play/setup.ts"
 import { addColumn, full, linkTo, setOptions, setText, setup } from "../../play/state.ts"
+import { NumberBox } from "../number.tsx"
 import { take } from "./actions.tsx"
 
 const MAC = navigator.platform.startsWith("Mac")
@@ -16,7 +17,7 @@ export function Ask() {
     if (mayInfer.value) void run()
   }
   return (
-    <form class="card ask" onSubmit={submit}>
+    <form class="card ask" noValidate onSubmit={submit}>
       <label>
         <span class="label">{pools ? "Texts, one a line" : "Prompt"}</span>
         <textarea
@@ -92,22 +93,17 @@ interface NumericProps {
 
 /** Limits are the server's to judge, and its words to say: the steps here are only of the arrows. */
 function Numeric({ name, label, min, max, step, empty }: NumericProps) {
-  const value = setup.value.options[name]
   return (
     <label>
       <span class="label">{label}</span>
-      <input
-        type="number"
+      <NumberBox
         name={name}
         min={min}
         max={max}
         step={step}
-        value={value ?? ""}
+        value={setup.value.options[name]}
         placeholder={empty ?? "default"}
-        onInput={(event) => {
-          const typed = event.currentTarget.valueAsNumber
-          setOptions({ [name]: Number.isFinite(typed) ? typed : null })
-        }}
+        onNumber={(value) => setOptions({ [name]: value })}
       />
     </label>
   )

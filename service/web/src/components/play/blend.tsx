@@ -3,6 +3,7 @@
 import type { ComponentChildren } from "preact"
 import type { WeightedName } from "../../api.ts"
 import { adapters } from "../../state.ts"
+import { NumberBox } from "../number.tsx"
 import { Picker } from "./picker.tsx"
 
 interface Props {
@@ -49,19 +50,14 @@ interface RowProps {
 }
 
 function Row({ title, row, onChange, onRemove }: RowProps) {
-  const weigh = (event: Event & { currentTarget: HTMLInputElement }) => {
-    const weight = event.currentTarget.valueAsNumber
-    if (Number.isFinite(weight)) onChange({ weight }) // half a number, while one is typed, is none
-  }
   return (
     <div class="blend-row" role="group" aria-label={title}>
       <Picker label={title} value={row.name} onPick={(name) => onChange({ name })} />
-      <input
-        type="number"
-        step="0.05"
+      <NumberBox
+        step={0.05}
         value={row.weight}
-        aria-label={`Weight of ${title}, as a number`}
-        onInput={weigh}
+        label={`Weight of ${title}, as a number`}
+        onNumber={(weight) => weight !== null && onChange({ weight })}
       />
       <button type="button" class="quiet small" aria-label={`Remove ${title}`} onClick={onRemove}>
         ×
@@ -74,7 +70,7 @@ function Row({ title, row, onChange, onRemove }: RowProps) {
           step="0.05"
           value={row.weight}
           aria-label={`Weight of ${title}`}
-          onInput={weigh}
+          onInput={(event) => onChange({ weight: event.currentTarget.valueAsNumber })}
         />
         <span class="zero" aria-hidden="true" />
       </div>

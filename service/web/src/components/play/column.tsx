@@ -39,7 +39,11 @@ export function ColumnCard({ column, letter }: { column: Column; letter: string 
       {pools ? (
         <PooledAnswer answer={pooled.value.get(column.id)} />
       ) : (
-        <AnswerText answer={answer} reference={column.id === setup.value.reference ? null : reference} />
+        <AnswerText
+          title={titleOf(column)}
+          answer={answer}
+          reference={column.id === setup.value.reference ? null : reference}
+        />
       )}
       <footer>
         {!pools && <Facts answer={answer} />}

@@ -1,6 +1,7 @@
 /** A box that finds an adapter by its name: typed, arrowed, or clicked. Works the same for two adapters and for 2,000. */
 
 import { useId, useRef, useState } from "preact/hooks"
+import { count } from "../../format.ts"
 import { adapters, moreAdapters } from "../../state.ts"
 import { BASE_NAME } from "../../play/setup.ts"
 import { found } from "../../play/find.ts"
@@ -66,21 +67,23 @@ export function Picker({ label, value, base = false, onPick }: Props) {
         onBlur={() => setTyped(null)}
         onKeyDown={onKeyDown}
       />
-      <ul id={`${id}-list`} role="listbox" aria-label={label} hidden={!open}>
-        {open &&
-          shown.map((name, i) => (
-            <Choice
-              key={name}
-              id={`${id}-${i}`}
-              name={name}
-              at={i === current}
-              chosen={name === value}
-              onPick={pick}
-            />
-          ))}
-        {open && shown.length === 0 && <li class="faint">There are no adapters yet.</li>}
-        {open && left > 0 && <li class="faint">{left} more: type to narrow them down</li>}
-      </ul>
+      <div class="popup" hidden={!open}>
+        <ul id={`${id}-list`} role="listbox" aria-label={label}>
+          {open &&
+            shown.map((name, i) => (
+              <Choice
+                key={name}
+                id={`${id}-${i}`}
+                name={name}
+                at={i === current}
+                chosen={name === value}
+                onPick={pick}
+              />
+            ))}
+        </ul>
+        {open && shown.length === 0 && <p class="faint">There are no adapters yet.</p>}
+        {open && left > 0 && <p class="faint">{count(left)} more: type to narrow them down</p>}
+      </div>
     </div>
   )
 }

@@ -1,7 +1,7 @@
 /** Saves a blend as an adapter of its own. */
 
 import { useState } from "preact/hooks"
-import { client, loadAdapters, mayChange, notify } from "../../state.ts"
+import { client, loadAdapters, mayChange, notify, report } from "../../state.ts"
 import { said } from "../../play/run.ts"
 import { lackOf } from "../../play/setup.ts"
 import type { Column } from "../../play/setup.ts"
@@ -21,7 +21,7 @@ export function Save({ column, title }: { column: Column; title: string }) {
       const saved = await client.value.blend(name.trim(), column.blend)
       notify("done", `The blend is saved as ${saved.name}.`)
       change(column.id, { kind: "one", name: saved.name })
-      await loadAdapters()
+      loadAdapters().catch(report)
     } catch (error) {
       setRefusal(said(error).message)
     } finally {
