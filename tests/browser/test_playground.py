@@ -382,7 +382,7 @@ def test_two_thousand_adapters_and_long_names(page: Page, server: Server) -> Non
     box.click()
     options = page.get_by_role("listbox", name="Adapter of column B").get_by_role("option")
     expect(options).to_have_count(50)
-    expect(page.get_by_text("1951 more: type to narrow them down")).to_be_visible()
+    expect(page.get_by_text("1,951 more: type to narrow them down")).to_be_visible()
     box.fill("the-last")
     expect(options).to_have_count(1)
     page.set_viewport_size({"width": 390, "height": 844})

@@ -15,6 +15,7 @@ test("ticks are round, begin at 0 and hold the highest value", () => {
 })
 
 test("ticks of counts are whole, also of nothing", () => {
+  assert.deepEqual(ticks(0), [0, 1])
   assert.deepEqual(ticks(0, true), [0, 1])
   assert.deepEqual(ticks(1, true), [0, 1])
   assert.deepEqual(ticks(3, true), [0, 1, 2, 3])

@@ -7,7 +7,8 @@ const TICKS = 4
 
 /** Round ticks from 0 to at least `most`: 1, 2, 2.5 or 5 times a power of ten apart. */
 export function ticks(most: number, whole = false): number[] {
-  const aim = Math.max(most, whole ? 1 : Number.MIN_VALUE) / TICKS
+  if (most <= 0) return [0, 1]
+  const aim = (whole ? Math.max(most, 1) : most) / TICKS
   const power = 10 ** Math.floor(Math.log10(aim))
   const fits = [1, 2, 2.5, 5, 10]
     .map((times) => times * power)

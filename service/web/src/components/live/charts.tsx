@@ -9,7 +9,7 @@ import { Chart } from "./chart.tsx"
 import type { Series, Size } from "./chart.tsx"
 
 const MOST_NAMED = 8
-const GREY = 9
+const UNNAMED: Record<string, number> = { [OTHERS]: 9, [FOREIGN]: 10 }
 const slots = new Slots(MOST_NAMED)
 
 const times = () => moments.value.map(({ time }) => time)
@@ -34,7 +34,9 @@ export function Batch() {
   const order = [...named.sort((a, b) => (held.get(a) ?? 0) - (held.get(b) ?? 0)), OTHERS, FOREIGN]
   const series: Series[] = order.flatMap((name) => {
     const values = found.get(name)
-    return values === undefined ? [] : [{ name, slot: held.get(name) ?? GREY, values, area: true }]
+    return values === undefined
+      ? []
+      : [{ name, slot: held.get(name) ?? UNNAMED[name] ?? 9, values, area: true }]
   })
   const own = moments.value.at(-1)?.running === null
   const note = own

@@ -9,7 +9,8 @@ const DRAWINGS: Record<number, string> = {
   6: "M0,2H8M2,0V8",
   7: "M0,8L8,0M0,0L8,8",
   8: "M2,2h1.6M6,6h1.6",
-  9: "M0,4H4M4,8V4",
+  9: "",
+  10: "M0,8L8,0M-2,2L2,-2M6,10L10,6",
 }
 
 export function Patterns({ id, slots }: { id: string; slots: number[] }) {

@@ -25,9 +25,14 @@ export function PooledAnswer({ answer }: { answer: Pooled | undefined }) {
       ))}
       {answer.cosines && <Matrix texts={answer.texts} cosines={answer.cosines} />}
       <p class="faint">
-        {count(answer.tokens)} tokens · {seconds(answer.seconds)} ·{" "}
-        {answer.dimensions !== undefined && `${count(answer.dimensions)} dimensions · `}
-        <Ran ran={answer.ran} />
+        {count(answer.tokens)} tokens · {seconds(answer.seconds)}
+        {answer.dimensions !== undefined && ` · ${count(answer.dimensions)} dimensions`}
+        {answer.ran && (
+          <>
+            {" · "}
+            <Ran ran={answer.ran} />
+          </>
+        )}
       </p>
     </div>
   )
@@ -44,7 +49,7 @@ function Bars({ text, found }: { text: string; found: Classified }) {
           <tr key={i} class={i === best ? "best" : ""}>
             <th scope="row">{i === best && found.label !== null ? found.label : `label ${i}`}</th>
             <td>
-              <meter min="0" max="1" value={prob} />
+              <div class="share" style={{ width: `${Math.min(1, Math.max(0, prob)) * 100}%` }} />
             </td>
             <td class="number">{prob.toFixed(3)}</td>
           </tr>
