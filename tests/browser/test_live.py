@@ -142,7 +142,7 @@ def test_a_pause_is_a_gap_and_an_earlier_moment_can_be_read(page: Page, server: 
     expect(value(page, "Requests", "Running")).to_have_text("2")
     expect(chart(page, "Requests").locator(".when")).to_have_text("now")
 
-    box = chart(page, "Requests").locator(".plot svg").bounding_box()
+    box = chart(page, "Requests").locator(".chart-plot svg").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 80, box["y"] + 60)  # far on the left: the first moment
     expect(value(page, "Requests", "Running")).to_have_text("1")

@@ -248,7 +248,9 @@ def test_a_saved_blend_answers_as_its_sliders_did(page: Page, server: Server, fa
     assert [(parent["name"], parent["weight"]) for parent in parents] == [("shout", 0.8), ("dashes", 0.5)]
     with page.expect_request("**/v1/generate") as asked:
         run(page)
-    assert asked.value.post_data_json["adapter"] == "loud-dashes"
+    body = asked.value.post_data_json
+    assert body is not None
+    assert body["adapter"] == "loud-dashes"
     finished(page)
     assert text_of(column(page, "A")) == before
     page.get_by_role("button", name="+ Column").click()
@@ -262,7 +264,7 @@ def test_one_seed_is_drawn_for_all_columns(page: Page) -> None:
     option(page, "Top-p", "0.95")
     option(page, "Top-k", "40")
     page.get_by_label("Mode").select_option("merge")
-    bodies: list[dict[str, Any]] = []
+    bodies: list[Any] = []
 
     def on_request(request: Request) -> None:
         if request.url.endswith("/v1/generate"):

@@ -31,7 +31,7 @@ export function Playground() {
       <h1>Playground</h1>
       <Ask />
       <Summary />
-      <div class="columns">
+      <div class="play-columns">
         {setup.value.columns.map((column, i) => (
           <ColumnCard key={column.id} column={column} letter={LETTERS[i] ?? "?"} />
         ))}

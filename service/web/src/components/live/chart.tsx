@@ -78,7 +78,7 @@ export function Chart({ title, times, series, format, axis, whole, size = "half"
       </figcaption>
       <div
         ref={box}
-        class="plot"
+        class="chart-plot"
         tabIndex={0}
         role="group"
         aria-label={`${title}, the last five minutes; arrow keys go through them`}

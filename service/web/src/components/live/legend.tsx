@@ -11,7 +11,7 @@ interface Props {
 /** Names what is drawn, with its values at the moment that is pointed at: legend and readout in one. */
 export function Legend({ id, title, series, at, format }: Props) {
   return (
-    <table class="legend" aria-label={`${title}, values`}>
+    <table class="chart-legend" aria-label={`${title}, values`}>
       <tbody>
         {series.map(({ name, slot, values, area }) => {
           const value = values[at] ?? null
