@@ -86,7 +86,7 @@ test("a selection keeps its colour while others come and go", () => {
       ["b", 2],
     ],
   )
-  const later = slots.assign(["c", "b", "d"])
+  const later = slots.assign(["c", "d", "b"])
   assert.equal(later.get("b"), 2)
   assert.deepEqual([...later.values()].sort(), [1, 2, 3])
   assert.equal(later.has("a"), false)
