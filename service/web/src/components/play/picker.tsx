@@ -58,7 +58,7 @@ export function Picker({ label, value, base = false, onPick }: Props) {
         aria-activedescendant={open && shown.length > 0 ? `${id}-${current}` : undefined}
         autocomplete="off"
         spellcheck={false}
-        placeholder="Choose an adapter"
+        placeholder={value || "Choose an adapter"}
         title={value}
         value={typed ?? value}
         onInput={(event) => show(event.currentTarget.value)}
