@@ -49,7 +49,7 @@ function Bars({ text, found }: { text: string; found: Classified }) {
           <tr key={i} class={i === best ? "best" : ""}>
             <th scope="row">{i === best && found.label !== null ? found.label : `label ${i}`}</th>
             <td>
-              <div class="share" style={{ width: `${Math.min(1, Math.max(0, prob)) * 100}%` }} />
+              <div class="prob" style={{ width: `${Math.min(1, Math.max(0, prob)) * 100}%` }} />
             </td>
             <td class="number">{prob.toFixed(3)}</td>
           </tr>
