@@ -20,11 +20,10 @@ from typing import Any
 
 from service.cli import make_parser
 from service.cli.settings_flags import settings_of
-from service.demo.run import ASSETS
 from tests.documented import VOLATILE, Command, commands_in, differences, shown
 from tests.documented_blocks import SERVES, Block, blocks_of, elsewhere, own_server
 from tests.documented_elsewhere import PRELUDES
-from tests.server import ROOT, Server, demo_server
+from tests.server import ASSETS, ROOT, Server, demo_server
 
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 TRAINS = {"docs/train.md"}  # its adapter is trained as the page runs, and never twice to the same bytes
@@ -111,7 +110,11 @@ def opened(page: str, place: Path) -> Iterator[Run]:
         server = None
         if any(DOCUMENTED_URL in command for block in blocks_of(page) for command in block.runs()):
             start = own_server(page)
-            fresh = demo_server(place / "data", "--allow-source", str(folder)) if start is None else Server(*start, data_dir=place / "data")
+            fresh = (
+                demo_server(place / "data", "--allow-source", str(folder))
+                if start is None
+                else Server(*start, data_dir=place / "data")
+            )
             server = stack.enter_context(fresh)
         yield Run(page, workplace(folder, place / "data"), server)
 

@@ -14,8 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from service.demo.run import ASSETS
 from tests.browser.conftest import WAIT_MS, watch
-from tests.documented import demo_server
-from tests.server import Server
+from tests.server import Server, demo_server
 
 ADAPTERS = ASSETS / "adapters"
 NAMES = sorted(path.name for path in ADAPTERS.iterdir())
