@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from tests.server import ROOT, Server, demo_server
+from tests.server import ASSETS, ROOT, Server, demo_server
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -39,8 +39,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo's base and adapters."""
-    with demo_server(tmp_path_factory.mktemp("data")) as started:
+    """The demo's base and adapters, which may be registered again by their paths."""
+    with demo_server(tmp_path_factory.mktemp("data"), "--allow-source", str(ASSETS / "adapters")) as started:
         yield started
 
 
