@@ -154,9 +154,6 @@ def copied(folder: Path) -> Path:
 
 # In which theme a picture is shown, by GitHub and by the site.
 OF_PICTURES = ("gh-light-mode-only", "gh-dark-mode-only")
-    "gh-light-mode-only",
-    "gh-dark-mode-only",
-)  # in which theme it is shown, by GitHub and by the site's theme
 
 
 def prose(page: Path) -> str:
