@@ -130,6 +130,7 @@ class AdapterRegistry:
         self._device = device
         self._banks = SharedBanks(device)
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
+        self._compact_bytes: int | None = None  # of all of them; None: not added up since one changed
         self._changed = threading.Condition()
         self._fitting: deque[AnyLayout] = deque(maxlen=_LAYOUTS_KEPT)
         self._hits = self._misses = self._evictions = self._composes = 0
@@ -194,6 +195,7 @@ class AdapterRegistry:
         with self._changed:
             live = self._live.setdefault(record.digest, _Live())
             live.compact, live.failure, live.deleted = compact, None, False
+            self._compact_bytes = None
         # Publishing prunes the oldest versions, and this one may have been deleted meanwhile.
         self.forget_deleted([*earlier, record.digest])
         return record
@@ -278,7 +280,12 @@ class AdapterRegistry:
             live.pins -= 1
             self._evict()
             if live.pins == 0 and live.deleted:
-                del self._live[digest]
+                self._forget(digest)
+
+    def _forget(self, digest: str) -> None:
+        """Under the lock."""
+        del self._live[digest]
+        self._compact_bytes = None
 
     def _is_stored(self, digest: str) -> bool:
         try:
@@ -295,7 +302,7 @@ class AdapterRegistry:
                 if live is not None:
                     live.deleted = True
                     if live.pins == 0:
-                        del self._live[digest]
+                        self._forget(digest)
 
     def note_changes(self, digests: Collection[str]) -> None:
         """What others have published or deleted: the deleted is forgotten, and what was refused is tried again."""
@@ -316,8 +323,9 @@ class AdapterRegistry:
     def resident_bytes(self) -> tuple[int, int]:
         """Bytes in memory of (compact tensors, composed factors). A bank that adapters share counts once in either."""
         with self._changed:
-            compact = bytes_together(live.compact for live in self._live.values() if live.compact)
-            return compact, self._factor_bytes()
+            if self._compact_bytes is None:
+                self._compact_bytes = bytes_together(live.compact for live in self._live.values() if live.compact)
+            return self._compact_bytes, self._factor_bytes()
 
     def stats(self) -> RegistryStats:
         with self._changed:
@@ -386,6 +394,8 @@ class AdapterRegistry:
             self.unpin(digest)
             raise
         with self._changed:
+            if live.compact is not compact:
+                self._compact_bytes = None
             live.compact, live.factors, live.loading = compact, factors, False
             self._composes += 1
             self._compose_s += seconds

@@ -210,6 +210,6 @@ def _check_offsets(entries: Iterable[_Entry], data_bytes: int) -> None:
         position = entry.end
     if position != data_bytes:
         raise InvalidSafetensors(
-            f"the header describes {position:,} bytes of tensors but the file holds {data_bytes:,}",
+            f"the header describes {position:,} bytes of tensors but the file holds {data_bytes:,}: copy it anew",
             subject=WEIGHTS_FILE,
         )

@@ -100,7 +100,7 @@ def _specs_in(path: Path) -> list[TensorSpec]:
             slices = [(key, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118 - not a dict
             specs = [TensorSpec(key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices]
     except SafetensorError as error:
-        raise InvalidSafetensors(f"{path} cannot be read: {error}", subject=path.name) from error
+        raise InvalidSafetensors(f"{path} cannot be read, copy it anew: {error}", subject=path.name) from error
     for spec in specs:
         if spec.dtype not in DTYPE_BYTES:
             raise UnsupportedCheckpoint(

@@ -22,10 +22,11 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load.client import Ending, LoadClient, Outcome, by_ending, quantile
+from benchmarks.load.client import Ending, LoadClient, Outcome, by_ending
 from benchmarks.load.gauges import Gauges, Observer
 from benchmarks.load.plan import Ask, Mix
 from benchmarks.report import Target, report_line
+from service.commands.bench_figures import quantile
 from tests.factories import AdapterSpec, make_adapter, save_model, tiny_model
 from tests.server import Server, parts
 

@@ -21,6 +21,7 @@ from service.api.middleware.uncaught import UncaughtErrors
 from service.api.routes import (
     activation,
     adapters,
+    bank,
     blends,
     chat,
     classify,
@@ -34,6 +35,7 @@ from service.api.routes import (
     lorax,
     models,
     parameters,
+    stats,
     tokenize,
 )
 
@@ -52,8 +54,10 @@ _API_ROUTERS = (
     blends.router,
     exports.router,
     parameters.router,
+    bank.router,
     lora.router,
     tokenize.router,
+    stats.router,
 )
 
 # Only for the OpenAPI page's "Authorize": keys are checked by middleware, before a body is read.

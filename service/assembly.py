@@ -36,6 +36,7 @@ from service.engine.pooling.tokenizer import PairTokenizer
 from service.engine.seam import Engine
 from service.engine.task import Pooling, Task
 from service.engine.threads import compute_with, in_own_thread
+from service.logs import draws
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
 from service.settings import Settings, SettingsError
@@ -193,7 +194,7 @@ def _name_source(source: Path | str, settings: Settings) -> NameSource:
 def _load_base(settings: Settings) -> LoadedBase:
     assert settings.model is not None
     log.info("loading the base model", extra={"model": settings.model})
-    if settings.log_format == "json" or not sys.stderr.isatty():
+    if settings.log_format == "json" or not draws(sys.stderr):
         transformers_logging.disable_progress_bar()  # and those of huggingface_hub
     base = load_base(
         settings.model,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -89,9 +90,16 @@ class JsonFormatter(_Formatter):
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries that are only installed say when others import them: which kernels they do without."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    """Silences what libraries that are only installed say when others import them: which kernels they do without,
+    and that the Hub is asked once more: the error at the end says that it cannot be reached.
+    """
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def draws(stream: TextIO) -> bool:
+    """Whether bars may be drawn on a stream: it is a terminal that can, and nobody asked for plain text."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str) -> str:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PREFIX = "VBLORA_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 DEBUG_VARIABLE = f"{PREFIX}DEBUG"
-API_KEY_VARIABLE = f"{PREFIX}API_KEY"  # a client's: `vblora-serve push` sends it
+API_KEY_VARIABLE = f"{PREFIX}API_KEY"  # a client's: `vblora-serve push` and `bench` send it
 
 # Kubernetes describes every Service to every pod: one called `vblora` becomes VBLORA_PORT=tcp://10.0.0.1:8000.
 _SERVICE_LINK = re.compile(r"\w+_SERVICE_(HOST|PORT)(_\w+)?|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PORT|PROTO|ADDR))?")
@@ -208,7 +208,9 @@ class Settings:
     api_key_file: Path | None = _setting(
         PATH, None, "A file of API keys, as `vblora-serve key` writes it. Without it no key is asked for."
     )
-    metrics_public: bool = _setting(BOOLEAN, True, "Whether /metrics is served without an API key.")
+    metrics_public: bool = _setting(
+        BOOLEAN, True, "Whether /metrics needs no API key, and /v1/stats shows every tenant what is everybody's."
+    )
     cors_origin: tuple[str, ...] = _setting(
         ORIGIN, (), "An origin whose web pages may use the server from a browser. *: every one."
     )
@@ -345,7 +347,8 @@ def _read_key(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"the API key file {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"the API key file {path} cannot be read: {reason}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys or not _is_key(keys[0]) or keys[0].startswith("sha256:"):
         raise SettingsError(f"the API key file {path} does not begin with a key: write the key there, on one line")

@@ -1,31 +1,18 @@
-"""The commands in the documentation, with the answers that it shows: run them, compare, or record them anew.
+"""The commands in the documentation, with the answers that it shows: find them, and compare.
 
-A documented command stands in a ```console block behind `$ `, its answer below it up to the next command. Commands run
-in bash, in order, in one working directory, against a demo server:
-
-    python -m tests.documented --record README.md docs/api.md
+A documented command stands in a ```console block behind `$ `, its answer below it up to the next command.
+`tests.documented_pages` runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from service.demo.run import ASSETS
-from tests.server import ROOT, Server
-
-DOCUMENTED_URL = "http://127.0.0.1:8000"
-_BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _LONGEST_LIST = 3
 _LINE = 110
 
@@ -36,24 +23,17 @@ VOLATILE = {
     "completion_tokens", "total_tokens", "finish_reason", "resident_bytes", "state", "merge_error",
     "merge_error_layer", "fingerprint", "pins",
     "content", "system_fingerprint", "token_logprobs", "generated_text", "sha256", "request_id", "vblora_serve",
+    "time", "uptime_s", "count", "p50", "p95", "cached_tokens", "process_bytes", "kv_bytes",
+    "prefix_bytes", "adapter_compact_bytes", "adapter_factor_bytes",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a document, and the answer that stands below it."""
+    """One command of a page, and the answer that stands below it."""
 
     text: str
     answer: str
-
-    def run(self, server: Server, folder: Path) -> str:
-        """What it prints, with the documented address in place of the real one."""
-        environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        text = self.text.replace(DOCUMENTED_URL, server.url)
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", text], cwd=folder, env=environ, capture_output=True, text=True, timeout=120
-        )
-        return (done.stdout + done.stderr).replace(server.url, DOCUMENTED_URL).rstrip("\n")
 
 
 def commands_in(block: str) -> Iterator[Command]:
@@ -70,10 +50,6 @@ def _is_whole(command: str) -> bool:
     except ValueError:
         return False
     return not command.endswith("\\")
-
-
-def commands_of(document: Path) -> list[Command]:
-    return [command for block in _BLOCK.findall(document.read_text()) for command in commands_in(block)]
 
 
 def shown(answer: str) -> str:
@@ -117,13 +93,13 @@ def _cut(value: Any) -> Any:
     return value
 
 
-def differences(documented: str, actual: str) -> list[str]:
-    """Where an answer is not what the document says, volatile values aside; empty if it is."""
+def differences(documented: str, actual: str, volatile: Set[str] = VOLATILE) -> list[str]:
+    """Where an answer is not what the page says, volatile values aside; empty if it is."""
     try:
         expected, got = json.loads(documented), json.loads(shown(actual))
     except ValueError:
         return [] if _steady(documented) == _steady(actual) else [f"documented:\n{documented}\nactual:\n{actual}"]
-    return list(_compare("", expected, got))
+    return list(_compare("", expected, got, volatile))
 
 
 def _steady(text: str) -> str:
@@ -133,63 +109,21 @@ def _steady(text: str) -> str:
     return re.sub(r"[0-9a-f]{12,}|\d+(\.\d+)?(e-?\d+)?", "0", text)
 
 
-def _compare(where: str, expected: Any, got: Any) -> Iterator[str]:
+def _compare(where: str, expected: Any, got: Any, volatile: Set[str]) -> Iterator[str]:
     name = where.rsplit(".", 1)[-1]
     if isinstance(expected, dict) and isinstance(got, dict):
         if expected.keys() != got.keys():
             yield f"{where}: keys {sorted(expected)} documented, {sorted(got)} answered"
             return
         for key in expected:
-            yield from _compare(f"{where}.{key}", expected[key], got[key])
-    elif name in VOLATILE:
+            yield from _compare(f"{where}.{key}", expected[key], got[key], volatile)
+    elif name in volatile:
         if expected is not None and got is not None and type(expected) is not type(got):
             yield f"{where}: {expected!r} documented, {got!r} answered"
     elif isinstance(expected, list) and isinstance(got, list):
         if len(expected) != len(got):
             yield f"{where}: {len(expected)} items documented, {len(got)} answered"
         for i, (one, other) in enumerate(zip(expected, got, strict=False)):
-            yield from _compare(f"{where}[{i}]", one, other)
+            yield from _compare(f"{where}[{i}]", one, other, volatile)
     elif expected != got:
         yield f"{where}: {expected!r} documented, {got!r} answered"
-
-
-def demo_server(data_dir: Path) -> Server:
-    """The demo's base model with the demo's adapters registered, as the documents assume."""
-    adapters = [f"--adapter={path.name}={path}" for path in sorted((ASSETS / "adapters").iterdir())]
-    base = ("--model", str(ASSETS / "base"), "--served-model-name", "vblora-demo-base")
-    return Server("serve", *base, *adapters, "--allow-source", str(ASSETS / "adapters"), data_dir=data_dir)
-
-
-def workplace(folder: Path) -> Path:
-    """The working directory of the commands: an adapter to upload, called my-adapter."""
-    source = sorted((ASSETS / "adapters").iterdir())[0]
-    (folder / "my-adapter").symlink_to(source)
-    (folder / "base").symlink_to(ASSETS / "base")
-    return folder
-
-
-def record(documents: list[Path]) -> None:
-    """Writes what each command answers below it, where that is no longer right. Each document has a fresh server."""
-    for document in documents:
-        with (
-            tempfile.TemporaryDirectory() as data,
-            tempfile.TemporaryDirectory() as work,
-            demo_server(Path(data)) as server,
-        ):
-            folder = workplace(Path(work))
-
-            def answered(match: re.Match[str], server: Server = server, folder: Path = folder) -> str:
-                done = []
-                for command in commands_in(match[1]):
-                    answer = command.run(server, folder)
-                    right = not differences(command.answer, answer)
-                    done.append(f"$ {command.text}\n{command.answer if right else shown(answer)}".rstrip())
-                return "```console\n" + "\n".join(done) + "\n```"
-
-            document.write_text(_BLOCK.sub(answered, document.read_text()))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--record", nargs="+", type=Path, required=True, metavar="DOCUMENT")
-    record([ROOT / path for path in parser.parse_args().record])

@@ -42,12 +42,14 @@ class FakeEngine:
 
     Every request runs on a thread of its own, one byte of text and one token (that byte) a step. `refusal` is raised by
     `submit`, `full` by `check_room`, `fold_error` by folds; `failure` ends requests; `gate` holds every step until it
-    is set, and with `hold_after` it closes by itself after so many steps. What a text is read as is `pooled`.
+    is set, and with `hold_after` it closes by itself after so many steps. What a text is read as is `pooled`. Its stats
+    are what `stats_now` says.
     """
 
     def __init__(self) -> None:
         self.state = EngineState.READY
-        self.max_context = 256
+        self.max_context, self.max_batch_size, self.max_queue = 256, 16, 64
+        self.stats_now = EngineStats(0, 0, 0, 0, 0, 0)
         self.requests: list[GenerationRequest] = []
         self.folded: list[Selection] = []
         self.refusal: Exception | None = None
@@ -90,7 +92,7 @@ class FakeEngine:
         return folding
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0)
+        return self.stats_now
 
     def drain(self, timeout_s: float) -> bool:
         self.state = EngineState.DRAINING

@@ -149,7 +149,8 @@ def storage_errors() -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             raise storage_full() from error
-        raise StoreError(f"the adapter store cannot use its files: {error}") from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        raise StoreError(f"the adapter store cannot use its files: {reason}; check the data directory") from error
 
 
 def is_full(error: OSError) -> bool:

@@ -184,9 +184,3 @@ class _Exchange:
 def by_ending(outcomes: Iterable[Outcome]) -> dict[str, int]:
     """How many there are of each, those with an error by its code."""
     return dict(Counter(outcome.code or str(outcome.ending) for outcome in outcomes))
-
-
-def quantile(values: Iterable[float], share: float) -> float | None:
-    """The value below which that share of them lies; None of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.load.client import quantile
+from service.commands.bench_figures import quantile
+from service.commands.bench_plan import arrivals
 from service.engine.sequence import GenerationRequest
 
 _PATIENCE_S = 900.0  # an answer that takes longer never comes
@@ -144,19 +144,6 @@ async def _open_loop(ask: Ask, requests: Sequence[GenerationRequest], at: Sequen
         for request, after_s in zip(requests, at, strict=True):
             group.create_task(arrive(request, after_s))
     return answers
-
-
-def arrivals(count: int, per_second: float, seed: int | str) -> list[float]:
-    """Seconds from the start: a Poisson process. A seed draws the same pattern for every rate."""
-    draws = random.Random(f"arrivals-{seed}")
-    return list(_sums(draws.expovariate(1.0) / per_second for _ in range(count)))
-
-
-def _sums(values: Iterator[float]) -> Iterator[float]:
-    total = 0.0
-    for value in values:
-        total += value
-        yield total
 
 
 @dataclass(frozen=True, slots=True)

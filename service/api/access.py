@@ -22,11 +22,13 @@ class Access(Enum):
 
 # What a browser or a probe must reach without a key. Pages are public; what they ask the API is not.
 _PUBLIC = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
-_PUBLIC_PREFIXES = ("/docs/", "/static/")
+_PUBLIC_PREFIXES = ("/docs/", "/assets/", "/static/")
 _GENERATING = frozenset({"/v1/generate", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
 _READING = frozenset({"/v1/classify", "/v1/embeddings"})
 _CHANGING = frozenset({"/v1/adapters", "/v1/blends", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 _CHANGING_PREFIX = "/v1/adapters/"
+# What a page asks again and again, and costs next to nothing: not taken off what a key may ask.
+_UNMETERED = frozenset({"/v1/stats", "/v1/whoami"})
 _LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -39,3 +41,8 @@ def access_to(method: str, path: str, *, metrics_public: bool) -> Access:
     if method not in _LOOKING and (path in _CHANGING or path.startswith(_CHANGING_PREFIX)):
         return Access.ADMIN
     return Access.ANY
+
+
+def is_metered(path: str) -> bool:
+    """Whether requests for it count towards a key's limits."""
+    return path not in _UNMETERED

@@ -5,7 +5,7 @@ Everything here reads the store: keep it off the event loop.
 
 from __future__ import annotations
 
-from adapters.store import AdapterRecord, AdapterVersion
+from adapters.store import Activation, AdapterRecord, AdapterVersion
 from service.api.deps import ServerState
 from service.api.errors import ApiError
 from service.api.schemas.adapters import AdapterDetail, AdapterPage, AdapterView, VersionView, adapter_fields
@@ -13,20 +13,13 @@ from service.api.schemas.adapters import AdapterDetail, AdapterPage, AdapterView
 
 def show(state: ServerState, tenant: str, record: AdapterRecord) -> AdapterView:
     """The adapter as that tenant sees it."""
-    status = state.registry.status(record.digest)
-    active = state.store.active(tenant)
-    return AdapterView(**adapter_fields(record, status, active, state.settings.served_model_name))
+    return _view(state, tenant, record, state.store.active(tenant))
 
 
 def show_page(state: ServerState, tenant: str, limit: int, after: str | None) -> AdapterPage:
     records, following = state.store.list(tenant, limit=limit, after=after)
-    active, base = state.store.active(tenant), state.settings.served_model_name
-    statuses = [state.registry.status(record.digest) for record in records]
-    views = [
-        AdapterView(**adapter_fields(record, status, active, base))
-        for record, status in zip(records, statuses, strict=True)
-    ]
-    return AdapterPage(data=views, next=following)
+    active = state.store.active(tenant)
+    return AdapterPage(data=[_view(state, tenant, record, active) for record in records], next=following)
 
 
 def show_detail(state: ServerState, tenant: str, name: str) -> AdapterDetail:
@@ -49,6 +42,20 @@ def own(state: ServerState, tenant: str, name: str) -> AdapterRecord:
             param=name,
         )
     return record
+
+
+def delete(state: ServerState, tenant: str, name: str) -> None:
+    """Forgets an adapter of the tenant's own with all its versions. Raises what `own` does."""
+    own(state, tenant, name)
+    record = state.store.delete(tenant, name)
+    state.registry.forget_deleted([version.digest for version in record.versions])
+    state.activity.requests.forget(tenant, name)
+
+
+def _view(state: ServerState, tenant: str, record: AdapterRecord, active: Activation | None) -> AdapterView:
+    status = state.registry.status(record.digest)
+    requests = state.activity.requests.of(record.tenant, record.name, tenant)
+    return AdapterView(**adapter_fields(record, status, active, state.settings.served_model_name, requests))
 
 
 def _show_version(state: ServerState, record: AdapterRecord, version: AdapterVersion) -> VersionView:

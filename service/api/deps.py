@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, Store
 from adapters.targets import BaseModules
+from service.api.activity import Activity
 from service.api.bucket_ids import BucketPattern
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
@@ -223,6 +224,7 @@ class ServerState:
     task: Task = Task.GENERATE
     pooled: PooledServing | None = None
     keys: KeyRing = field(default_factory=KeyRing)
+    activity: Activity = field(default_factory=Activity)
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
     fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
 

@@ -13,6 +13,7 @@ from typing import Any
 from anyio import to_thread
 from starlette.types import Scope
 
+from service.api.activity import Activity
 from service.api.deps import Metrics, ServerState
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
 from service.engine.sequence import GenerationRequest
@@ -25,7 +26,7 @@ async def observe(
 
     `generation_id` is what its answer is called; the ids of several generations begin with it.
     """
-    observation = Observation(generation_id, generations, state.metrics, stream=stream)
+    observation = Observation(generation_id, generations, state.metrics, state.activity, stream=stream)
     if state.settings.log_prompts:
         prompt_ids = [generation.prompt_ids for generation in generations]
         observation.keep_texts(await to_thread.run_sync(lambda: [state.tokenizer.decode(ids) for ids in prompt_ids]))
@@ -43,11 +44,18 @@ class Observation:
     """One HTTP request's generations, at least one, all with one selection. Used on the event loop alone."""
 
     def __init__(
-        self, generation_id: str, generations: Sequence[GenerationRequest], metrics: Metrics, *, stream: bool
+        self,
+        generation_id: str,
+        generations: Sequence[GenerationRequest],
+        metrics: Metrics,
+        activity: Activity,
+        *,
+        stream: bool,
     ) -> None:
         self._generation_id = generation_id
-        self._generations = {each.request_id: _Generation(each, metrics) for each in generations}
+        self._generations = {each.request_id: _Generation(each, metrics, activity) for each in generations}
         self._metrics = metrics
+        self._activity = activity
         self._stream = stream
         self._prompts: Sequence[str] = ()
 
@@ -59,6 +67,7 @@ class Observation:
 
     def accepted(self, request: GenerationRequest) -> None:
         self._metrics.count_generation(request.selection, request.tenant)
+        self._activity.requests.count(request.selection, request.tenant)
 
     def saw(self, event: Event, moment: float) -> None:
         """One event, which the engine delivered at that moment of `time.monotonic`."""
@@ -97,7 +106,7 @@ class Observation:
 class _Generation:
     """One request to the engine, on its way."""
 
-    def __init__(self, request: GenerationRequest, metrics: Metrics) -> None:
+    def __init__(self, request: GenerationRequest, metrics: Metrics, activity: Activity) -> None:
         self.request = request
         self.completion_tokens = 0
         self.first_token_s: float | None = None
@@ -105,6 +114,7 @@ class _Generation:
         self.finished: FinishedEvent | None = None
         self.texts: list[list[str]] | None = None  # by choice; None: not to be kept
         self._metrics = metrics
+        self._activity = activity
         self._began = time.monotonic()
         self._latest: dict[int, float] = {}  # when a choice's last token came
 
@@ -117,6 +127,7 @@ class _Generation:
                 self._metrics.count_usage(self.request.tenant, event.usage)
                 if FinishReason.CANCELLED not in self.finish_reasons.values():
                     self._metrics.observe_generation(timing.queue_s, timing.total_s)
+                    self._activity.total.add(timing.total_s)
             case FailedEvent():
                 self._metrics.count_finished("failed", self.request.n - len(self.finish_reasons))
 
@@ -126,8 +137,10 @@ class _Generation:
             if self.first_token_s is None:
                 self.first_token_s = moment - self._began
                 self._metrics.observe_first_token(self.first_token_s)
+                self._activity.first_token.add(self.first_token_s)
             if event.choice in self._latest:
                 self._metrics.observe_inter_token(moment - self._latest[event.choice])
+                self._activity.inter_token.add(moment - self._latest[event.choice])
             self._latest[event.choice] = moment
         if self.texts is not None:
             self.texts[event.choice].append(event.text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection, MergeUnsupported
 from adapters.registry import AdapterState
@@ -72,7 +73,7 @@ def _servable(state: ServerState, record: AdapterRecord, digest_prefix: str, wei
             f"adapter {name!r} ({version.digest}) cannot be served: {status.reason}; upload it again or roll back",
             subject=name,
         )
-    return SelectedAdapter(name, version.digest, weight)
+    return SelectedAdapter(name, version.digest, weight, record.tenant)
 
 
 def _record(state: ServerState, tenant: str, name: str) -> AdapterRecord:
@@ -94,5 +95,5 @@ def _merged(adapters: Iterable[SelectedAdapter]) -> tuple[SelectedAdapter, ...]:
         weight = adapter.weight + (known.weight if known else 0.0)
         if not math.isfinite(weight):
             raise InvalidSelection(f"the weights of {adapter.name!r} add up to no finite number", subject="adapters")
-        by_digest[adapter.digest] = SelectedAdapter((known or adapter).name, adapter.digest, weight)
+        by_digest[adapter.digest] = replace(known or adapter, weight=weight)
     return tuple(by_digest.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from adapters.binding import BaseIdentity
 from adapters.targets import BaseModules
 from service.commands import CommandError
-from service.commands.output import working
+from service.commands.progress import working
 
 
 @dataclass(frozen=True, slots=True)

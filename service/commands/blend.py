@@ -14,12 +14,15 @@ from adapters.export import write_adapter
 from adapters.lora import ServedCheckpoint
 from adapters.members import BaseTensor
 from adapters.parameters import LoRAParameterCount, ParameterCount
-from adapters.reading import as_served, read_adapter
+from adapters.reading import as_served
+from adapters.staging import check_free
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.commands import CommandError
+from service.commands.adapter import read_directory
 from service.commands.base import check_model
-from service.commands.output import say, show_json, working
+from service.commands.output import say, show_json
+from service.commands.progress import working
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,10 @@ class WeightedDirectory:
 
 def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None, as_json: bool) -> int:
     """Writes the blend of the members to `output`. Raises AdapterError, FileExistsError or CommandError."""
+    check_free(output)
     read = []
     for member in members:
-        with working(f"Reading {member.directory}"):
-            read.append((_compact(member.directory), member.weight))
+        read.append((_compact(member.directory), member.weight))
     needs_base = any(checkpoint.extras for checkpoint, _ in read) and model is not None
     with working("Blending"):
         base = _base(model, [checkpoint for checkpoint, _ in read]) if needs_base and model is not None else None
@@ -68,7 +71,7 @@ def _compact(directory: Path) -> ServedCheckpoint:
         raise CommandError(
             f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
         )
-    return as_served(read_adapter(directory))
+    return as_served(read_directory(directory))
 
 
 def _shape(count: ParameterCount | LoRAParameterCount) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from adapters.store.inventory import Finding
 from adapters.store.repair import Report, examine, repair
 from adapters.store.shared import garbage, open_objects
-from service.commands.output import say, show_columns, show_json, working
+from service.commands.output import say, show_columns, show_json
+from service.commands.progress import working
 
 
 def run(data_dir: Path, *, mend: bool, as_json: bool) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 from adapters.checkpoint import LogitsCheckpoint
 from adapters.export import converted, write_files
 from adapters.parameters import Storage
-from adapters.reading import read_adapter
-from adapters.staging import staged_directory
+from adapters.staging import check_free, staged_directory
 from service.api.adapter_files import OPTIONAL_FILES
-from service.commands.output import say, working
+from service.commands.adapter import read_directory
+from service.commands.output import say
+from service.commands.progress import working
 
 
 def run(directory: Path, *, format: str, output: Path) -> int:
@@ -19,8 +20,8 @@ def run(directory: Path, *, format: str, output: Path) -> int:
 
     Raises AdapterError for one that is refused, FileExistsError if something is in `output`.
     """
-    with working(f"Reading {directory}"):
-        result = converted(read_adapter(directory), Storage(format))
+    check_free(output)
+    result = converted(read_directory(directory), Storage(format))
     with working(f"Writing {output}"), staged_directory(output) as staged:
         write_files(result, staged)
         for name in OPTIONAL_FILES:

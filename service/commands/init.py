@@ -13,10 +13,11 @@ from adapters.checkpoint import LogitsCheckpoint
 from adapters.config import VBLoRAConfig
 from adapters.export import write_adapter
 from adapters.parameters import ParameterCount, Storage, count_parameters
+from adapters.staging import check_free
 from adapters.targets import DEFAULT_TARGETS, LayerShape, check_binding
-from service.commands import CommandError
 from service.commands.base import BaseSkeleton, read_base
-from service.commands.output import say, show_facts, show_json, show_layers, working
+from service.commands.output import say, show_facts, show_json, show_layers
+from service.commands.progress import working
 
 _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 
@@ -36,8 +37,8 @@ class InitOptions:
 
 def run(options: InitOptions) -> int:
     """Writes the adapter, or with no `output` only says what it would be."""
-    if options.output is not None and options.output.exists() and any(options.output.iterdir()):
-        raise CommandError(f"{options.output} exists and is not empty; choose another --output")
+    if options.output is not None:
+        check_free(options.output)
     base = read_base(options.model)
     config, layers = plan(options, base)
     if options.output is not None:

@@ -13,9 +13,10 @@ from adapters.lora_config import LoRAConfig
 from adapters.reading import AnyCheckpoint, is_resumable, read_adapter
 from adapters.split_file import WEIGHTS_FILE, file_size
 from adapters.targets import check_binding
-from service.commands import CommandError
+from service.commands.adapter import check_directory
 from service.commands.base import read_base
-from service.commands.output import complain, say, show_counts, show_facts, show_json, show_layers, working
+from service.commands.output import complain, say, show_counts, show_facts, show_json, show_layers
+from service.commands.progress import working
 
 EXTRAS_WARNING = "trained biases and saved modules are held against the base by the server that loads them, not here"
 
@@ -53,8 +54,7 @@ class Inspection:
 
 def run(directory: Path, *, model: str | None, as_json: bool) -> int:
     """Prints what is in `directory`; 1 and the reason if it is refused. Raises CommandError if it is no directory."""
-    if not directory.is_dir():
-        raise CommandError(f"{directory} is not a directory; give one that holds an adapter_config.json")
+    check_directory(directory)
     try:
         inspection = inspect(directory, model)
     except CheckpointError as error:

@@ -13,13 +13,14 @@ from adapters.errors import AdapterError, BaseModelMismatch
 from adapters.factors import AdapterFactors
 from adapters.lora import ServedCheckpoint
 from adapters.merged_model import Architecture, MergedModel, MergeReport
-from adapters.reading import as_served, read_adapter
+from adapters.reading import as_served
 from adapters.sharded import ShardedWeights
 from adapters.staging import check_free, staged_directory
 from adapters.store import digest_of_files
 from service.api.adapter_files import ADAPTER_FILES
 from service.api.chat_files import chat_template_of
 from service.commands import CommandError
+from service.commands.adapter import read_directory
 from service.commands.blend import WeightedDirectory
 from service.commands.merged_classes import classes_config
 from service.commands.model_files import (
@@ -29,7 +30,8 @@ from service.commands.model_files import (
     read_model_config,
     write_model_config,
 )
-from service.commands.output import complain, progress, say, show_facts, show_json, working
+from service.commands.output import complain, say, show_facts, show_json
+from service.commands.progress import transferring, working
 from service.engine.base_model import DTYPES, BaseModelError, architecture, identify
 from service.engine.task import Task
 
@@ -82,7 +84,7 @@ def run(options: MergeOptions) -> int:
         if model.head is not None:
             merged |= classes_config(config, [member.given.directory for member in members], model.head)
         write_model_config(merged, staged)
-        with progress(f"Writing {options.output}", model.nbytes) as advance:
+        with transferring(f"Writing {options.output}", model.nbytes) as advance:
             report = model.write(
                 selection,
                 staged,
@@ -102,13 +104,9 @@ def _read(member: WeightedDirectory) -> _Member:
         raise CommandError(
             f"{directory} is not a directory; give adapter directories, each with its weight behind a colon"
         )
-    with working(f"Reading {directory}"):
-        try:
-            checkpoint = as_served(read_adapter(directory))
-        except AdapterError as error:
-            raise CommandError(f"{directory} is refused ({error.code}): {error.message}") from error
-        files = {name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()}
-        return _Member(member, checkpoint, digest_of_files(files))
+    checkpoint = as_served(read_directory(directory))
+    files = {name: directory / name for name in ADAPTER_FILES if (directory / name).is_file()}
+    return _Member(member, checkpoint, digest_of_files(files))
 
 
 def _check_name(member: _Member, identity: BaseIdentity, model: str) -> str | None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from service.commands import CommandError
 from service.commands.base import check_model
-from service.commands.output import working
+from service.commands.progress import working
 
 CONFIG_FILE = "config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -48,7 +48,8 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"{path} cannot be read: {reason}; give a Hugging Face model's directory") from error
     if not isinstance(config, dict):
         raise CommandError(f"{path} is not a JSON object")
     return config

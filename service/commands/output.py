@@ -1,17 +1,12 @@
-"""What commands print: columns and JSON on stdout, progress on stderr. No control codes but a terminal's spinner."""
+"""What commands print: columns and JSON on stdout, warnings on stderr. No control codes."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service.logs import printable
 
@@ -34,27 +29,6 @@ def complain(text: str) -> None:
 
 def show_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """Says on stderr what is being done: a spinner on a terminal, nothing in a pipe."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(escape(what)):
-        yield
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's stderr, nothing in a pipe. Gives what to call with the bytes of each part that is done."""
-    console = Console(file=sys.stderr)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(what), total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def show_columns(rows: Sequence[Sequence[str]], indent: str = "") -> None:

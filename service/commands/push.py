@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,15 +10,13 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from adapters.config import CONFIG_FILE
 from adapters.errors import AdapterError
 from adapters.store import digest_of_files
 from service.api.adapter_files import FILE_PARTS, REQUIRED_FILES
 from service.commands import CommandError
 from service.commands.output import say, show_columns, show_json
+from service.commands.progress import counting
 from service.commands.push_client import AdapterClient, ApiRefusal
 
 
@@ -88,10 +85,12 @@ def _adapters_in(directory: Path) -> list[Path]:
     if (directory / CONFIG_FILE).is_file():
         return [directory]
     if not directory.is_dir():
-        raise CommandError(f"{directory} is not a directory")
+        raise CommandError(f"{directory} is not a directory; give an adapter's, or one that holds some")
     found = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
     if not found:
-        raise CommandError(f"{directory} holds no {CONFIG_FILE}, nor does any directory in it")
+        raise CommandError(
+            f"{directory} holds no {CONFIG_FILE}, nor does any directory in it; give an adapter's directory"
+        )
     return found
 
 
@@ -100,12 +99,11 @@ def push_all(adapters: dict[str, Path], push_one: Callable[[str, Path], Outcome]
     outcomes: dict[str, Outcome] = {}
     pool = ThreadPoolExecutor(parallel, "vblora-push")
     try:
-        with _progress() as progress:
-            task = progress.add_task("Pushing", total=len(adapters))
+        with counting("Pushing", len(adapters)) as advance:
             for done in as_completed([pool.submit(push_one, name, path) for name, path in adapters.items()]):
                 outcome = done.result()
                 outcomes[outcome.name] = outcome
-                progress.advance(task)
+                advance(1)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C: those that have not begun never do
     return [outcomes[name] for name in adapters]
@@ -147,12 +145,6 @@ def _push(client: AdapterClient, name: str, parts: dict[str, Path], digest: str,
     if stored != digest:
         raise CommandError(f"the files changed while they were sent: the server stored {stored}, not {digest}")
     return PushStatus.UPLOADED
-
-
-def _progress() -> Progress:
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal)
 
 
 def _report(outcomes: Sequence[Outcome], *, as_json: bool) -> None:

@@ -76,7 +76,9 @@ class AdapterClient:
                 response = self._try(method, path, parts or {}, options)
             except httpx.TransportError as error:
                 if last:
-                    raise CommandError(f"{self._http.base_url} cannot be reached: {error}") from error
+                    raise CommandError(
+                        f"{self._http.base_url} cannot be reached: {error}; start a server there, or check the address"
+                    ) from error
             else:
                 if response.is_success:
                     return _object(response)

@@ -14,7 +14,9 @@ from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.schemas.receipt import Receipt, ReceiptChoice
 from service.commands import CommandError
-from service.commands.output import say, show_facts, show_json, working
+from service.commands.base import check_model
+from service.commands.output import say, show_facts, show_json
+from service.commands.progress import counting, working
 from service.commands.replay_evidence import (
     Evidence,
     Mismatch,
@@ -55,6 +57,7 @@ def run(options: ReplayOptions) -> int:
     evidence = read_evidence(options.receipt)
     adapters, foreign = find_adapters(evidence.receipt, options.adapters)
     check_complete(evidence.receipt, options.prompt_file)
+    check_model(options.model)
     mismatches = [*evidence.mismatches, *foreign]
     choices: list[ChoiceReplay] = []
     tokenizer: TextTokenizer | None = None
@@ -122,13 +125,15 @@ def _replay(
     )
     _check_tokens(terms, evidence, base.vocabulary)
     device = base.model.device
-    with tempfile.TemporaryDirectory(prefix="vblora-replay-") as scratch, working("Recomputing the answer"):
-        model = with_adapters(base.model, adapters, receipt.selection.mode, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="vblora-replay-") as scratch:
+        with working("Loading the adapters"):
+            model = with_adapters(base.model, adapters, receipt.selection.mode, Path(scratch))
         try:
-            return [
-                replay_choice(continuation(model, device), terms, choice, output)
-                for choice, output in zip(receipt.choices, evidence.outputs, strict=True)
-            ]
+            with counting("Recomputing the answer", sum(choice.tokens for choice in receipt.choices)) as advance:
+                return [
+                    replay_choice(continuation(model, device), terms, choice, output, advance)
+                    for choice, output in zip(receipt.choices, evidence.outputs, strict=True)
+                ]
         except GrammarFailed as error:
             raise CommandError(f"the grammar of the receipt cannot be followed: {error}") from error
 

@@ -63,9 +63,16 @@ class ChoiceReplay:
 
 
 def replay_choice(
-    continue_with: Continue, terms: Terms, choice: ReceiptChoice, expected: Sequence[int] | None
+    continue_with: Continue,
+    terms: Terms,
+    choice: ReceiptChoice,
+    expected: Sequence[int] | None,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> ChoiceReplay:
-    """Recomputes one choice. `expected` are its token ids, if they are known. Raises GrammarFailed."""
+    """Recomputes one choice. `expected` are its token ids, if they are known; `advance` is told of every token.
+
+    Raises GrammarFailed.
+    """
     output: list[int] = []
     chooser = _Chooser(terms, choice.index, output)
     reason = FinishReason.LENGTH if terms.params.max_new_tokens == 0 else None
@@ -76,6 +83,7 @@ def replay_choice(
         if expected is not None and list(expected[len(output) : len(output) + 1]) != [token]:
             return _differs(choice.index, output, expected, token, token_logits)
         reason = chooser.take(token)
+        advance(1)
         tokens = [token]
     if expected is not None and len(output) < len(expected):
         difference = TokenDifference(len(output), expected[len(output)], None, None)

@@ -23,6 +23,7 @@ from service.api.keys import KeyFileError, KeyRing, load_key_file
 from service.app import create_app
 from service.assembly import Server, build_server
 from service.commands import CommandError
+from service.commands.base import check_model
 from service.commands.output import say
 from service.engine.base_model import BaseModelError
 from service.engine.seam import Engine
@@ -40,6 +41,8 @@ _LAST_WORDS_S = 5  # after the drain: for responses to reach their clients
 
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or Ctrl-C, then lets running requests end. Raises SettingsError or CommandError."""
+    assert settings.model is not None
+    check_model(settings.model)
     setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts)
     end_on_sigterm()
     hangups = remember_sighup()

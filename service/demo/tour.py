@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service.commands.progress import counting
 from service.demo.styles import PROMPTS, STYLES
 
 NEW_TOKENS = 48
@@ -92,8 +93,11 @@ class Tour:
         """Prints and returns the answers to one prompt."""
         table = Table("who", "answer", "styles", title=f"“{prompt}”, greedy", show_lines=True)
         answers = []
-        for answer in self.answers(prompt):
-            answers.append(answer)
+        with counting("Answering", len(self.names) + 1 + bool(self._blend)) as advance:
+            for answer in self.answers(prompt):
+                answers.append(answer)
+                advance(1)
+        for answer in answers:
             scores = {style: score for style, score in answer.scores.items() if score >= 0.1}
             shown = "\n".join(f"{style} {score:.2f}" for style, score in scores.items()) or "none"
             table.add_row(answer.who, Text(answer.text), shown)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -152,8 +153,10 @@ def load_pretrained(
         loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
         prepare(loaded)
+    except SafetensorError as error:
+        raise BaseModelError(f"the weights of {model!r} are damaged, copy them anew: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, Unservable) as error:
-        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
+        raise BaseModelError(f"cannot load the base model {model!r}: {_reason(model, error)}") from error
     return Pretrained(config, tokenizer, loaded, how, untrained)
 
 
@@ -247,7 +250,7 @@ def is_encoder_decoder(model: str) -> bool:
     try:
         return _is_encoder_decoder(AutoConfig.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
+        raise BaseModelError(f"cannot read the config of the base model {model!r}: {_reason(model, error)}") from error
 
 
 def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
@@ -269,7 +272,14 @@ def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
         with torch.device("meta"):
             return _auto_class(task).from_config(config, trust_remote_code=False), config
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"cannot read the config of the base model {model!r}: {error}") from error
+        raise BaseModelError(f"cannot read the config of the base model {model!r}: {_reason(model, error)}") from error
+
+
+def _reason(model: str, error: Exception) -> str:
+    """What the library says, and first that a name which is no directory here was looked up on the Hub."""
+    if Path(model).is_dir() or not isinstance(error, OSError):
+        return str(error)
+    return f"there is no such directory, and as a Hub id it is not to be had: {error}"
 
 
 def _auto_class(task: Task) -> Any:

@@ -36,6 +36,7 @@ from service.engine.events import EventSink
 from service.engine.failure import failure
 from service.engine.graphs.decode import DecodeGraphs
 from service.engine.job import Job, make_job
+from service.engine.owners import shares_of
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, RowLength, SequenceStatus
@@ -119,6 +120,14 @@ class BatchEngine:
     def max_context(self) -> int:
         return self._limits.max_context
 
+    @property
+    def max_batch_size(self) -> int:
+        return self._worker.max_batch_size
+
+    @property
+    def max_queue(self) -> int:
+        return self._limits.max_queue
+
     def check_room(self) -> None:
         with self._changed:
             self._check_room(1)
@@ -171,6 +180,7 @@ class BatchEngine:
             kv_budget_bytes=kv_budget_bytes,
             replayed_steps=0 if self._graphs is None else self._graphs.replayed,
             eager_steps=0 if self._graphs is None else self._graphs.eager_steps,
+            batch=shares_of(running),
         )
 
     def drain(self, timeout_s: float) -> bool:

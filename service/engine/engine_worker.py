@@ -40,6 +40,9 @@ class EngineWorker(Protocol):
     @property
     def running(self) -> list[Sequence]: ...
 
+    @property
+    def max_batch_size(self) -> int: ...
+
     def can_ever_run(self, length: RowLength) -> bool: ...
 
     @property

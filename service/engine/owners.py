@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -11,9 +12,16 @@ from adapters.factors import AdapterFactors
 from service.engine.failure import failure
 from service.engine.fatal import is_fatal
 from service.engine.job import Choice, Job
+from service.engine.seam import BatchShare
 from service.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
+
+
+def shares_of(sequences: Seq[Sequence]) -> tuple[BatchShare, ...]:
+    """What these sequences run, and for whom. Of their requests alone, which nobody changes: for any thread."""
+    rows = Counter((each.request.tenant, each.selection) for each in sequences)
+    return tuple(BatchShare(tenant, selection, count) for (tenant, selection), count in rows.items())
 
 
 class Owners:

@@ -61,6 +61,10 @@ class Scheduler:
         self._served: dict[Hashable, float] = {}  # virtual times of the shares that wait or run
 
     @property
+    def max_batch_size(self) -> int:
+        return self._limits.max_batch_size
+
+    @property
     def waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
 

@@ -24,13 +24,22 @@ class EngineState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class BatchShare:
+    """The rows of the batch that run one selection for one tenant."""
+
+    tenant: str
+    selection: Selection
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """One moment of the engine: choices waiting and running, adapters in the batch, tokens and folds since start.
 
     `prompt_tokens` were run, `prefix_tokens` found in the prefix cache, which holds `prefix_bytes` and has dropped
     `prefix_evicted_blocks` blocks. Folds and restores took `fold_s` and `restore_s` seconds. Of the memory for keys and
     values, `kv_budget_bytes`, the tokens of running rows take `kv_bytes`. Where there are graphs, `replayed_steps` were
-    replayed and `eager_steps` fitted none.
+    replayed and `eager_steps` fitted none. `batch` says what the running choices are, in no order.
     """
 
     waiting: int
@@ -49,6 +58,7 @@ class EngineStats:
     kv_budget_bytes: int = 0
     replayed_steps: int = 0
     eager_steps: int = 0
+    batch: tuple[BatchShare, ...] = ()
 
 
 class Engine(Protocol):
@@ -60,6 +70,16 @@ class Engine(Protocol):
     @property
     def max_context(self) -> int:
         """The most tokens, prompt and output together, that one request may have."""
+        ...
+
+    @property
+    def max_batch_size(self) -> int:
+        """The rows of a batch, those aside that are held in reserve for selections without one."""
+        ...
+
+    @property
+    def max_queue(self) -> int:
+        """The choices that may be accepted and not yet running."""
         ...
 
     def check_room(self) -> None:

@@ -6,7 +6,7 @@ As a client writes it (`SelectionSpec`) it names adapters; as the engine runs it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from adapters.errors import InvalidSelection
@@ -25,11 +25,12 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SelectedAdapter:
-    """One adapter of a selection. `digest` identifies the version; `name` is for people."""
+    """One adapter of a selection. `digest` identifies the version; `name`, and whose it is, are for people."""
 
     name: str
     digest: str
     weight: float = 1.0
+    owner: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,10 @@ class Worker:
         return self._scheduler.running
 
     @property
+    def max_batch_size(self) -> int:
+        return self._scheduler.max_batch_size
+
+    @property
     def prefix_bytes(self) -> int:
         return 0 if self._prefixes is None else self._prefixes.nbytes
 

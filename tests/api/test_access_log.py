@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service.api.activity import Activity
 from service.api.keys import ApiKey
 from service.api.observation import Observation
 from service.engine.errors import Overloaded
@@ -258,7 +259,7 @@ def test_what_a_request_moves_in_the_metrics(server: Server, stream: bool) -> No
 def observed(metrics: FakeMetrics, n: int = 1, names: Sequence[str] = ("r",)) -> Observation:
     selection = Selection((SelectedAdapter("sql", "sha256:sql", 2.0),))
     requests = [GenerationRequest(each, (1, 2, 3), SamplingParams(), selection, n=n, tenant="acme") for each in names]
-    return Observation("answer", requests, metrics, stream=False)
+    return Observation("answer", requests, metrics, Activity(), stream=False)
 
 
 class Recorded(FakeMetrics):

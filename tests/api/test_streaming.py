@@ -173,7 +173,8 @@ async def test_events_after_the_loop_has_closed_are_dropped(server: Server) -> N
 
     async def submit() -> EventStream:
         request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-        return EventStream(server.engine, [request], Observation("id", [request], server.metrics, stream=True))
+        observation = Observation("id", [request], server.metrics, server.state.activity, stream=True)
+        return EventStream(server.engine, [request], observation)
 
     stream = await asyncio.to_thread(loop.run_until_complete, submit())
     loop.close()

@@ -78,6 +78,7 @@ def test_a_foreign_adapter_does_not_exist(acme: Client, rival: Client, operator:
         asked: list[tuple[str, str, Any]] = [
             ("GET", "/v1/adapters/secret", None),
             ("GET", "/v1/adapters/secret/parameters", None),
+            ("GET", "/v1/adapters/secret/bank", None),
             ("GET", "/v1/adapters/secret/export", None),
             ("GET", "/v1/adapters/secret/export?format=lora", None),
             ("DELETE", "/v1/adapters/secret", None),
@@ -294,6 +295,9 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
     assert changing == {"POST /tokenize", "POST /detokenize", "POST /v1/parameters/estimate"}, "they change nothing"
     assert {route for route in kinds[Access.PUBLIC] if not route.startswith("GET /docs")} == {
         "GET /",
+        "HEAD /",
+        "GET /assets/x",
+        "HEAD /assets/x",
         "GET /healthz",
         "GET /readyz",
         "GET /openapi.json",
@@ -343,6 +347,13 @@ def test_a_keys_limits_are_its_own(make_server: Callable[..., Server]) -> None:
     error_of(refused, 429, "overloaded")
     assert free.generate().status_code == 200
     error_of(server.client.get("/v1/models"), 401, "unauthorized")
+
+
+def test_what_the_page_asks_all_the_time_is_not_taken_off_a_keys_limit(make_server: Callable[..., Server]) -> None:
+    page = Client(make_server([ApiKey.of("slow", rate=1)]), "slow")
+    assert [page.ask("GET", path).status_code for path in ("/v1/stats", "/v1/whoami") * 3] == [200] * 6
+    assert [page.ask("GET", "/v1/models").status_code for _ in range(2)] == [200, 429]
+    assert page.ask("GET", "/v1/stats").status_code == 200
 
 
 @pytest.mark.anyio

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.access import Access, access_to
+from service.api.access import Access, access_to, is_metered
 from service.api.errors import ApiError, ErrorResponse
 from service.api.key_limits import KeyLimits
 from service.api.keys import ApiKey, KeyRing
@@ -37,7 +37,8 @@ class Authentication:
                 key = self._authenticate(scope)
                 scope.setdefault("state", {})["key"] = key
                 _check_scope(key, access)
-                used.enter_context(self._limits.using(key))
+                if is_metered(route_path(scope)):
+                    used.enter_context(self._limits.using(key))
             except ApiError as refusal:
                 return await ErrorResponse(refusal)(scope, receive, send)
             return await self._app(scope, receive, send)

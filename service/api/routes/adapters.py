@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from adapters.store import AdapterRecord, check_name
 from service.api.activation import activate
-from service.api.catalog import own, show, show_detail, show_page
+from service.api.catalog import delete, show, show_detail, show_page
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.registration import register
@@ -103,9 +103,7 @@ def get_adapter(name: str, state: State, tenant: Tenant) -> AdapterDetail:
 @router.delete("/v1/adapters/{name}", status_code=204, responses=error_responses(401, 403, 404, 503))
 def delete_adapter(name: str, state: State, tenant: Tenant) -> None:
     """Forgets an adapter with all its versions. Running requests finish on the version they hold."""
-    own(state, tenant, name)
-    record = state.store.delete(tenant, name)
-    state.registry.forget_deleted([version.digest for version in record.versions])
+    delete(state, tenant, name)
 
 
 async def _receive(request: Request, staged: Path, state: ServerState) -> Upload:

@@ -16,7 +16,7 @@ from fastapi.responses import PlainTextResponse
 
 from adapters.errors import AdapterNotFound
 from adapters.store import check_name, digest_of
-from service.api.catalog import own
+from service.api.catalog import delete
 from service.api.deps import ServerState, State, Tenant
 from service.api.errors import ApiError
 from service.api.hub_ids import HubRepo
@@ -47,9 +47,7 @@ async def load_lora_adapter(body: LoadLoraRequest, state: State, tenant: Tenant)
 @router.post("/v1/unload_lora_adapter", responses=_PLAIN_TEXT | error_responses(400, 401, 403, 404, 503))
 def unload_lora_adapter(body: UnloadLoraRequest, state: State, tenant: Tenant) -> PlainTextResponse:
     """Forgets an adapter with all its versions. Running requests finish on the version they hold."""
-    own(state, tenant, body.lora_name)
-    record = state.store.delete(tenant, body.lora_name)
-    state.registry.forget_deleted([version.digest for version in record.versions])
+    delete(state, tenant, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

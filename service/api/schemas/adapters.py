@@ -74,6 +74,9 @@ class AdapterView(ResponseModel):
     resident_bytes: int
     pins: int
     last_used: float | None
+    requests: int = Field(
+        description="Accepted with it, alone or in a blend, since the server's start; of other tenants none"
+    )
     r: int
     num_vectors: int | None
     vector_length: int | None
@@ -81,6 +84,7 @@ class AdapterView(ResponseModel):
     storage: str
     vblora_params: int | None
     total_params: int
+    lora_params: int = Field(description="Plain LoRA's, of the same rank on the same layers")
     resumable: bool = Field(description="Whether training can go on from these files")
     warnings: list[str]
     target_modules: int | list[str] = Field(description="How many layers are adapted; in a single GET, which")
@@ -121,11 +125,11 @@ class AdapterPage(ResponseModel):
     next: str | None = Field(description="Ask for the next page with ?after=; null on the last one")
 
 
-_COUNTS = ("r", "num_vectors", "vector_length", "topk", "storage", "vblora_params", "total_params")
+_COUNTS = ("r", "num_vectors", "vector_length", "topk", "storage", "vblora_params", "total_params", "lora_params")
 
 
 def adapter_fields(
-    record: AdapterRecord, status: AdapterStatus, active: Activation | None, base: str
+    record: AdapterRecord, status: AdapterStatus, active: Activation | None, base: str, requests: int
 ) -> dict[str, Any]:
     """The fields of an AdapterView."""
     parameters: Mapping[str, Any] = record.info["parameters"]
@@ -145,6 +149,7 @@ def adapter_fields(
         "resident_bytes": status.resident_bytes,
         "pins": status.pins,
         "last_used": status.last_used,
+        "requests": requests,
         "resumable": record.info["resumable"],
         "warnings": record.info["warnings"],
         "target_modules": len(record.info["target_modules"]),

@@ -78,6 +78,10 @@ class PoolingWorker:
     def running(self) -> list[Sequence]:
         return self._scheduler.running
 
+    @property
+    def max_batch_size(self) -> int:
+        return self._scheduler.max_batch_size
+
     def can_ever_run(self, length: RowLength) -> bool:
         """Any text within the context does: nothing is kept of it."""
         return True

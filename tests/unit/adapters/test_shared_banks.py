@@ -110,6 +110,34 @@ class TestInMemory:
         assert both == 2 * alone - BANK_BYTES
         assert registry.status(b).resident_bytes == alone, "what it would take alone"
 
+    def test_what_is_counted_follows_every_change(
+        self, store: AdapterStore, model: AdaptedModel, registry: AdapterRegistry, family: dict[str, Path]
+    ) -> None:
+        def counted(registry: AdapterRegistry) -> int:
+            kept = [live.compact for live in registry._live.values() if live.compact is not None]
+            compact, _ = registry.resident_bytes()
+            assert compact == bytes_together(kept)
+            return compact
+
+        a = register(registry, family["a"])
+        alone = counted(registry)
+        b = register(registry, family["b"])
+        assert counted(registry) > alone
+        registry.pin(b)
+        registry.store.delete("", "b")
+        registry.forget_deleted([b])
+        assert counted(registry) > alone, "pinned"
+        registry.unpin(b)
+        assert counted(registry) == alone
+        again = make_registry(store, model)
+        assert counted(again) == 0
+        again.pin(a)
+        assert counted(again) == alone, "read when it was first used"
+        again.unpin(a)
+        again.store.delete("", "a")
+        again.forget_deleted([a])
+        assert counted(again) == 0
+
     def test_it_goes_with_the_last_that_has_it(self, registry: AdapterRegistry, family: dict[str, Path]) -> None:
         digests = {name: register(registry, family[name]) for name in "ab"}
         bank = weakref.ref(bank_of(registry, digests["a"]))

@@ -13,10 +13,11 @@ import pytest
 from benchmarks import serving
 from benchmarks.contenders.lineup import agreed
 from benchmarks.floor import Floor
-from benchmarks.load.streams import Latencies, Stream, arrivals
+from benchmarks.load.streams import Latencies, Stream
 from benchmarks.plot import line_plot
 from benchmarks.sizes import QUICK_SERVING, ServingSizes
 from benchmarks.workload import greedy_request
+from service.commands.bench_plan import arrivals
 from service.engine.selection import Selection
 
 LATENCIES = set(Latencies.__dataclass_fields__)

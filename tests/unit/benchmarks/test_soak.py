@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import soak
-from benchmarks.load.client import quantile
 from benchmarks.load.plan import Mix
+from service.commands.bench_figures import quantile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

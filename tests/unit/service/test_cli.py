@@ -104,10 +104,13 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([], "the following arguments are required: COMMAND"),
-            (["serv"], "invalid choice: 'serv'"),
+            (["serv"], "there is no command 'serv': did you mean serve?; see vblora-serve --help"),
+            (["xyz"], "there is no command 'xyz'; see vblora-serve --help"),
             (["serve"], "no base model is given; set --model or VBLORA_MODEL"),
-            (["serve", "--prot", "1"], "--prot is not understood here; see vblora-serve serve --help"),
+            (
+                ["serve", "--prot", "1"],
+                "--prot is not understood here: did you mean --port?; see vblora-serve serve",
+            ),
             (["serve", "--model", "m", "--port", "x"], "--port is 'x'; expected a whole number"),
             (["serve", "--model", "m", "--config", "/none.toml"], "/none.toml cannot be read"),
             (["inspect"], "the following arguments are required: DIR; see vblora-serve inspect --help"),
@@ -324,7 +327,7 @@ class TestInit:
     def test_it_overwrites_nothing(self, capsys: pytest.CaptureFixture[str], base: Path, compact: Path) -> None:
         code, _, err = run(capsys, "init", "--model", base, *SMALL, "--output", compact)
         assert code == 1
-        assert "is not empty; choose another --output" in err
+        assert "is not an empty directory; choose another path" in err
 
 
 class TestExport:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.activity import Activity
 from service.api.middleware.context import RequestContext
 from service.api.observation import Observation
 from service.engine.events import Usage
@@ -65,7 +66,7 @@ def field_rows() -> set[str]:
 
 def test_every_field_of_the_access_log_is_documented() -> None:
     request = GenerationRequest("id", (1,), SamplingParams(), Selection())
-    generating = set(Observation("id", [request], FakeMetrics(), stream=False).fields())
+    generating = set(Observation("id", [request], FakeMetrics(), Activity(), stream=False).fields())
     always = set(re.findall(r'"(\w+)": ', inspect.getsource(RequestContext._record)))
     assert {"request_id", "method", "duration_s"} <= always
     assert field_rows() == generating | always

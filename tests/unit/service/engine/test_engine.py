@@ -16,7 +16,7 @@ from service.engine.engine import BatchEngine, EngineLimits
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded, WrongTask
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from service.engine.scheduler import Limits
-from service.engine.seam import EngineState
+from service.engine.seam import BatchShare, EngineState
 from service.engine.selection import SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.engine.task import Task
@@ -427,3 +427,21 @@ def test_a_text_that_cannot_be_decoded_when_its_request_is_cancelled_harms_no_ot
 def test_a_request_of_another_task_is_refused(bench: Bench) -> None:
     with pytest.raises(WrongTask, match="--task generate"):
         bench.submit("a", task=Task.CLASSIFY)
+
+
+def test_stats_say_what_the_batch_is_made_of_and_for_whom(bench: Bench) -> None:
+    assert bench.engine.stats().batch == ()
+    bench.runner.gate.clear()
+    running = bench.submit("running", "sql", tenant="acme", n=2)
+    assert bench.runner.entered.wait(10)
+    waiting = bench.submit("waiting", tenant="rival")
+    stats = bench.engine.stats()
+    selection = Selection((SelectedAdapter("sql", "sha256:sql"),))
+    assert (stats.batch, stats.running, stats.waiting) == ((BatchShare("acme", selection, 2),), 2, 1)
+    bench.runner.gate.set()
+    for events in (running, waiting):
+        finish(events)
+
+
+def test_limits_are_told(bench: Bench) -> None:
+    assert (bench.engine.max_batch_size, bench.engine.max_queue, bench.engine.max_context) == (2, 8, 20)

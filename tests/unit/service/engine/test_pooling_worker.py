@@ -13,9 +13,11 @@ from adapters.heads import ClassifierHead
 from adapters.low_rank import LowRankBatch
 from service.engine.events import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
 from service.engine.job import Job, make_job
+from service.engine.owners import shares_of
 from service.engine.pooling.runner import PooledText
 from service.engine.pooling.worker import PoolingLimits, PoolingWorker
 from service.engine.scheduler import Limits
+from service.engine.seam import BatchShare
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import READ_ONCE, GenerationRequest
 from service.engine.task import Task
@@ -248,3 +250,22 @@ class TestFolding:
         report = bench.worker.fold(Selection((SelectedAdapter("a", "sha256:a"),)), [AdapterFactors("sha256:a", {})])
         assert report.merge_error == 0.25
         assert bench.worker.folding.folds == 1
+
+
+def test_what_a_step_reads_is_told_while_it_does() -> None:
+    bench = Bench(rows=2)
+    assert bench.worker.max_batch_size == 2
+    seen: list[tuple[BatchShare, ...]] = []
+    run = bench.runner.run
+
+    def watched(texts: Sequence[PooledText], batch: LowRankBatch | None) -> Tensor:
+        seen.append(shares_of(bench.worker.running))
+        return run(texts, batch)
+
+    bench.runner.run = watched  # type: ignore[method-assign]
+    for name in "abc":
+        bench.admit(name, weights={"sql": 1.0}, tenant="acme")
+    bench.run()
+    selection = Selection((SelectedAdapter("sql", "sha256:sql"),))
+    assert seen == [(BatchShare("acme", selection, rows),) for rows in (2, 1)]
+    assert bench.worker.running == []
