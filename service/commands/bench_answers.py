@@ -85,19 +85,30 @@ def read_answer(events: Sequence[Event], dialect: Dialect) -> Answer:
             done = True
             break
         value = _parsed(kind, data)
-        choices = [choice for choice in value.get("choices") or () if isinstance(choice, dict)]
+        choices = [choice for choice in _listed(value.get("choices")) if isinstance(choice, dict)]
         finished = finished or any(_has_finished(choice) for choice in choices)
         times += [when] * sum(_tokens(choice, dialect) for choice in choices)
         usage = value["usage"] if isinstance(value.get("usage"), dict) else usage
     if not (done and finished):
         raise AnswerFailed("truncated", f"the stream broke off after {len(times)} tokens")
-    return Answer(tuple(times), usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or len(times))
+    return Answer(
+        tuple(times), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")) or len(times)
+    )
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def _count(value: Any) -> int:
+    """A server's count; 0 if that is none."""
+    return value if type(value) is int and value > 0 else 0
 
 
 def _parsed(kind: bytes, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets without end
         value = None
     if not isinstance(value, dict):
         raise AnswerFailed("invalid_event", f"an event is no JSON object: {data[:80].decode(errors='replace')}")
@@ -116,7 +127,7 @@ def error_of(body: Any, otherwise: str) -> AnswerFailed:
 
 def _has_finished(choice: dict[str, Any]) -> bool:
     reason = choice.get("finish_reason")
-    if reason in _BROKEN_REASONS:
+    if isinstance(reason, str) and reason in _BROKEN_REASONS:
         raise AnswerFailed(f"finish_{reason}", f"the server ended the answer with {reason!r}")
     return reason is not None
 
@@ -124,5 +135,5 @@ def _has_finished(choice: dict[str, Any]) -> bool:
 def _tokens(choice: dict[str, Any], dialect: Dialect) -> int:
     """How many tokens an event brings; OpenAI's do not say, and count as one."""
     if dialect is Dialect.NATIVE:
-        return len(choice.get("token_ids") or ())
+        return len(_listed(choice.get("token_ids")))
     return 1 if choice.get("text") else 0

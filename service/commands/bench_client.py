@@ -18,7 +18,7 @@ from service.commands.bench_plan import WORDS, Ask
 BASE = "base"
 _PREFLIGHT_S = 30.0
 _RETRY_AFTER_S = 1.0  # where a refusal does not say
-_LEAST_WAIT_S = 0.1
+_LEAST_WAIT_S, _MOST_WAIT_S = 0.1, 60.0  # whatever it says: a measurement does not sleep until tomorrow
 
 
 class Ending(StrEnum):
@@ -91,14 +91,20 @@ class BenchClient:
     async def served(self) -> list[str]:
         """What the server says can be asked for, the base among it. Raises CommandError if it does not say."""
         if self._manner.dialect is Dialect.OPENAI:
-            return [str(model["id"]) for model in (await self._preflight("GET", "/v1/models"))["data"]]
-        names, after = [BASE], None
+            return self._names(await self._preflight("GET", "/v1/models"), "/v1/models", "id")
+        names, after = {BASE: None}, None
         while True:
-            page = await self._preflight("GET", "/v1/adapters", params={} if after is None else {"after": after})
-            names += [str(adapter["name"]) for adapter in page["data"]]
+            page, before = await self._preflight("GET", "/v1/adapters", params=after and {"after": after}), len(names)
+            names.update(dict.fromkeys(self._names(page, "/v1/adapters", "name")))
             after = page.get("next")
-            if after is None:
-                return names
+            if after is None or len(names) == before:  # a page with nothing new would come again and again
+                return list(names)
+
+    def _names(self, page: Mapping[str, Any], path: str, field: str) -> list[str]:
+        try:
+            return [str(each[field]) for each in page["data"]]
+        except (KeyError, TypeError) as error:
+            raise CommandError(f"{self._url}{path} does not list what it serves: {self._other_dialect()}") from error
 
     async def token_pool(self, model: str) -> list[int]:
         """Token ids of ordinary words; empty if the server does not tell how it cuts text."""
@@ -119,7 +125,7 @@ class BenchClient:
             raise CommandError(
                 f"no server answers at {self._url}: {reason}; start one with vblora-serve serve, or check the address"
             ) from error
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if response.is_success and isinstance(body, dict):
             return body
@@ -177,10 +183,11 @@ async def _refusal(response: httpx.Response) -> AnswerFailed:
     await response.aread()
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     error = error_of(body, f"http_{response.status_code}")
     if response.status_code != 429:
         return error
     after = response.headers.get("retry-after", "")
-    return _Refused(error, max(_LEAST_WAIT_S, float(after)) if after.isdecimal() else _RETRY_AFTER_S)
+    wait = float(after) if after.isdecimal() else _RETRY_AFTER_S
+    return _Refused(error, min(max(wait, _LEAST_WAIT_S), _MOST_WAIT_S))

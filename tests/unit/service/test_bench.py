@@ -11,14 +11,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from service.cli import main
 from service.commands.bench_answers import AnswerFailed, Dialect, StreamReader, read_answer
+from service.commands.bench_client import BenchClient, Manner, Outcome
 from service.commands.bench_figures import Latency, quantile
-from service.commands.bench_plan import Popularity, arrivals, deal, random_prompts
+from service.commands.bench_plan import Ask, Popularity, arrivals, deal, random_prompts
 from tests.api.listening import listening
 
 KEY = "bench-key"
@@ -288,6 +290,66 @@ class TestOutput:
         assert Latency.of([]) == Latency(None, None, None, None)
         assert Latency.of([0.001, 0.003]) == Latency(2.0, 3.0, 3.0, 3.0)
         assert quantile(range(100), 0.95) == 95
+
+
+def _stream(**fields: Any) -> list[tuple[float, bytes, bytes]]:
+    choice = {"text": "a", "token_ids": [1], "finish_reason": "stop"}
+    frame = {"choices": [choice], "usage": {"prompt_tokens": 2, "completion_tokens": 1}, **fields}
+    return [(0.0, b"", json.dumps(frame).encode()), (0.0, b"", b"[DONE]")]
+
+
+class TestNonsense:
+    """What no server should say ends one request, and not the measurement."""
+
+    @pytest.mark.parametrize("choices", [5, {"a": 1}, [7], [{"token_ids": 7, "finish_reason": None}], [{}]])
+    def test_choices(self, choices: object) -> None:
+        with pytest.raises(AnswerFailed, match="broke off after 0 tokens"):
+            read_answer(_stream(choices=choices), Dialect.NATIVE)
+
+    def test_a_reason_of_another_type(self) -> None:
+        choice = {"token_ids": [1, 2], "finish_reason": ["stop"]}
+        assert read_answer(_stream(choices=[choice]), Dialect.NATIVE).times == (0.0, 0.0)
+
+    @pytest.mark.parametrize("count", ["many", [1], -3, 2.5, True, None])
+    def test_counts(self, count: object) -> None:
+        usage = {"prompt_tokens": count, "completion_tokens": count}
+        answer = read_answer(_stream(usage=usage), Dialect.NATIVE)
+        assert (answer.input_tokens, answer.output_tokens) == (0, 1)
+
+    def test_brackets_without_end(self) -> None:
+        with pytest.raises(AnswerFailed, match="no JSON object"):
+            read_answer([(0.0, b"", b"[" * 200_000)], Dialect.NATIVE)
+
+    @pytest.mark.parametrize("page", [{"x": 1}, {"data": None}, {"data": [1]}, {"data": [{}]}])
+    def test_lists_that_are_none(self, page: object, capsys: pytest.CaptureFixture[str]) -> None:
+        app = FastAPI()
+        app.get("/v1/adapters")(lambda: page)
+        app.get("/v1/models")(lambda: page)
+        with listening(app) as port:
+            for options in [], ["--api", "openai"]:
+                assert main(["bench", f"http://127.0.0.1:{port}", *options]) == 1
+                error = capsys.readouterr().err
+                assert "does not list what it serves: is it" in error
+                assert "bug" not in error
+
+    def test_a_list_without_end(self, capsys: pytest.CaptureFixture[str]) -> None:
+        app, habits = FastAPI(), Habits()
+        app.get("/v1/adapters")(lambda: {"data": [{"name": "sql"}], "next": "sql"})
+        app.post("/v1/generate")(habits.generate)
+        with listening(app) as port:
+            assert main(["bench", f"http://127.0.0.1:{port}", "--requests", "2"]) == 0
+        assert [body["adapter"] for body in habits.asked] == ["base", "sql"]
+
+    def test_a_refusal_until_next_year(self) -> None:
+        def refuse(request: httpx.Request) -> httpx.Response:
+            return httpx.Response(429, headers={"Retry-After": "9" * 400})
+
+        async def asked() -> Outcome:
+            manner = Manner(Dialect.NATIVE, 5.0, retry=False, ignore_eos=True)
+            async with BenchClient("http://test", None, manner, httpx.MockTransport(refuse)) as client:
+                return await client.ask(Ask("base", "hi", 1))
+
+        assert asyncio.run(asked()).retry_after_s == 60
 
 
 def test_events_in_pieces() -> None:
