@@ -143,6 +143,12 @@ def test_assets_are_swagger_ui_5(server: Server) -> None:
     assert re.search(r'PACKAGE_VERSION:"5\.', script.text), "older ones cannot show OpenAPI 3.1"
 
 
+def test_docs_are_in_nobodys_frame_and_keep_no_key(server: Server) -> None:
+    response = server.client.get("/docs")
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+    assert '"persistAuthorization": false' in response.text
+
+
 def test_docs_work_behind_a_prefix(server: Server) -> None:
     client = TestClient(server.app, root_path="/vblora")
     page = client.get("/vblora/docs").text

@@ -28,6 +28,11 @@ _PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
 }
+# Swagger UI begins with a script in its page. In the frame of another site it could be clicked into changing something.
+_SWAGGER_HEADERS = {
+    "Content-Security-Policy": "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 _ASK_EVERY_TIME = "no-cache"
 _FOR_EVER = "public, max-age=31536000, immutable"  # their names have a hash of their content
 
@@ -64,14 +69,17 @@ def _has(if_none_match: str, etag: str) -> bool:
 @router.get("/docs")
 async def swagger_ui(request: Request) -> HTMLResponse:
     root = request.scope.get("root_path", "").rstrip("/")
-    return get_swagger_ui_html(
+    page = get_swagger_ui_html(
         openapi_url=f"{root}/openapi.json",
         title="vblora-serve: the API",
         swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
         swagger_css_url=f"{root}/docs/swagger-ui.css",
         swagger_favicon_url=f"{root}/docs/favicon-32x32.png",
-        swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True, "persistAuthorization": True},
+        # A key that it kept would be in the browser's local storage, for whoever uses it next.
+        swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True, "persistAuthorization": False},
     )
+    page.headers.update(_SWAGGER_HEADERS)
+    return page
 
 
 def _add_asset(name: str, media_type: str) -> None:
