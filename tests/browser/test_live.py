@@ -206,7 +206,7 @@ def test_many_selections_are_eight_and_others_and_keep_their_colours(page: Page,
     batch = chart(page, "Batch by adapter")
     rows = batch.get_by_role("row")
     expect(rows).to_have_count(10)
-    expect(value(page, "Batch by adapter", "others")).to_have_text(str(sum(20 - i for i in range(8, 12))))
+    expect(value(page, "Batch by adapter", "all others")).to_have_text(str(sum(20 - i for i in range(8, 12))))
     expect(value(page, "Batch by adapter", "other tenants")).to_have_text("5")
 
     def colour(name: str) -> str | None:

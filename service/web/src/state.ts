@@ -1,20 +1,22 @@
 /** What every part of the page shares: who asks, what the server is, which adapters there are, and what went wrong. */
 
-import { computed, signal } from "@preact/signals"
+import { batch, computed, signal } from "@preact/signals"
 import { ApiError, Client } from "./api.ts"
 import type { Adapter, Version, WhoAmI } from "./api.ts"
+import { store, stored } from "./storage.ts"
 
 const KEY = "vblora.key"
 const PAGE_SIZE = 200
 const MOST_ADAPTERS = 2000 // the page shows no more; search by name asks the server's order
 
 /** Kept for this tab alone: a key on disk would outlive its user. */
-export const apiKey = signal<string | null>(sessionStorage.getItem(KEY))
+export const apiKey = signal<string | null>(stored("sessionStorage", KEY))
 export const client = computed(() => new Client(apiKey.value))
 
 export const version = signal<Version | null>(null)
 export const whoAmI = signal<WhoAmI | null>(null)
-export const keyRefused = signal<string | null>(null) // why, in the server's words; null while all is well
+export const keyNeeded = signal(false) // from a 401 on until a key is taken: asking again would be refused again
+export const keyRefused = signal<string | null>(null) // why, in the server's words; null once it was read
 
 export const adapters = signal<Adapter[]>([])
 export const moreAdapters = signal(false) // there are more than the page holds
@@ -58,7 +60,7 @@ export async function attempt(action: () => Promise<unknown>, done?: string): Pr
 
 export function report(error: unknown): void {
   if (error instanceof ApiError) {
-    if (error.status === 401) keyRefused.value = error.message
+    if (error.status === 401) refuseKey(error.message)
     notify("error", error.message)
   } else {
     notify("error", String(error))
@@ -66,27 +68,57 @@ export function report(error: unknown): void {
 }
 
 export function useKey(key: string | null): void {
-  if (key === null) sessionStorage.removeItem(KEY)
-  else sessionStorage.setItem(KEY, key)
-  apiKey.value = key
+  store("sessionStorage", KEY, key)
+  if (key === apiKey.value) return
+  batch(() => {
+    apiKey.value = key
+    clear()
+  })
+}
+
+/** What was seen with a key is not for whoever has no such key, or no longer. */
+function clear(): void {
+  whoAmI.value = null
+  version.value = null
+  adapters.value = []
+  moreAdapters.value = false
+  adaptersLoaded.value = false
+}
+
+/** After a 401: the page asks for another key, and nothing else until it has one. */
+export function refuseKey(message: string): void {
+  batch(() => {
+    clear()
+    keyNeeded.value = true
+    keyRefused.value = message
+  })
 }
 
 /** Learns anew who asks and what there is; on a 401 the page asks for a key. */
 export async function connect(): Promise<void> {
+  const asked = client.value
   try {
-    whoAmI.value = await client.value.whoAmI()
-    keyRefused.value = null
-    version.value = await client.value.version()
-    await loadAdapters()
+    await learn()
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) {
-      whoAmI.value = null
-      adapters.value = []
-      keyRefused.value = error.message
-    } else {
-      report(error)
-    }
+    if (asked !== client.value) return // somebody else's trouble
+    if (error instanceof ApiError && error.status === 401) refuseKey(error.message)
+    else report(error)
   }
+}
+
+export async function learn(): Promise<void> {
+  const asked = client.value
+  const who = await asked.whoAmI()
+  if (asked !== client.value) return
+  batch(() => {
+    whoAmI.value = who
+    keyNeeded.value = false
+    keyRefused.value = null
+  })
+  const found = await asked.version()
+  if (asked !== client.value) return
+  version.value = found
+  await loadAdapters()
 }
 
 export async function loadAdapters(): Promise<void> {
@@ -112,5 +144,14 @@ addEventListener("hashchange", () => {
 
 export const place = computed<{ view: string; name: string | null }>(() => {
   const [view = "", name = ""] = fragment.value.replace(/^#\//, "").split("/")
-  return { view: view || "adapters", name: name ? decodeURIComponent(name) : null }
+  return { view: view || "adapters", name: name ? decoded(name) : null }
 })
+
+/** A link may be cut off, or anyone's: what is no encoding is taken as it stands. */
+function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part)
+  } catch {
+    return part
+  }
+}

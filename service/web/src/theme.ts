@@ -1,23 +1,23 @@
 /** Dark or light: the system's, until the user says otherwise. */
 
 import { effect, signal } from "@preact/signals"
+import { store, stored } from "./storage.ts"
 
 export type Theme = "system" | "light" | "dark"
 const KEY = "vblora.theme"
 
-function stored(): Theme {
-  const value = localStorage.getItem(KEY)
+function chosen(): Theme {
+  const value = stored("localStorage", KEY)
   return value === "light" || value === "dark" ? value : "system"
 }
 
-export const theme = signal<Theme>(stored())
+export const theme = signal<Theme>(chosen())
 
 effect(() => {
+  store("localStorage", KEY, theme.value === "system" ? null : theme.value)
   if (theme.value === "system") {
-    localStorage.removeItem(KEY)
     delete document.documentElement.dataset["theme"]
   } else {
-    localStorage.setItem(KEY, theme.value)
     document.documentElement.dataset["theme"] = theme.value
   }
 })

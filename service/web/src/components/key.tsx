@@ -12,6 +12,7 @@ export function KeyDialog() {
   useEffect(() => {
     if (open && !dialog.current?.open) dialog.current?.showModal()
     if (!open && dialog.current?.open) dialog.current.close()
+    if (input.current) input.current.value = "" // a key that was forgotten would still stand there
   }, [open])
 
   const submit = async (event: Event) => {

@@ -3,7 +3,7 @@
 import { signal } from "@preact/signals"
 import { ApiError } from "../api.ts"
 import type { Stats } from "../api.ts"
-import { client, keyRefused } from "../state.ts"
+import { client, keyNeeded, refuseKey } from "../state.ts"
 import { keep } from "./ring.ts"
 
 const EVERY_MS = 1000
@@ -37,7 +37,14 @@ export function poll(): () => void {
   }
 }
 
+/** Without a key there is nothing to see, nor to say of it: the page asks for one. */
+function forget(): void {
+  moments.value = []
+  trouble.value = null
+}
+
 async function once(): Promise<void> {
+  if (keyNeeded.value) return void forget()
   const asked = client.value
   try {
     const stats = await asked.stats()
@@ -46,7 +53,11 @@ async function once(): Promise<void> {
     of = asked
     trouble.value = null
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) keyRefused.value = error.message
+    if (asked !== client.value) return
+    if (error instanceof ApiError && error.status === 401) {
+      refuseKey(error.message)
+      return void forget()
+    }
     trouble.value = error instanceof ApiError ? error.message : String(error)
   }
 }

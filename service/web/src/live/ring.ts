@@ -34,7 +34,7 @@ export function rates(moments: readonly Stats[], read: (stats: Stats) => Reading
   })
 }
 
-export const OTHERS = "others"
+export const OTHERS = "all others" // no adapter can be called that
 export const FOREIGN = "other tenants"
 
 /** Rows by what they run: `most` selections over the whole window, the largest first, and the rest together. */

@@ -1,9 +1,9 @@
 /** Runs the playground's columns, all at once, and stops them. */
 
-import { signal } from "@preact/signals"
+import { effect, signal } from "@preact/signals"
 import { ApiError } from "../api.ts"
 import type { Client } from "../api.ts"
-import { client, keyRefused, whoAmI } from "../state.ts"
+import { client, refuseKey, whoAmI } from "../state.ts"
 import { generate } from "../stream.ts"
 import { blank, take } from "./answer.ts"
 import type { Answer } from "./answer.ts"
@@ -23,12 +23,17 @@ export function stop(): void {
   controller?.abort()
 }
 
-/** Answers of other columns, which had the same numbers. */
+/** Answers of other columns, which had the same numbers, or of another key's. Those under way come to nothing. */
 export function forget(): void {
   stop()
+  controller = null
   answers.value = new Map()
   pooled.value = new Map()
 }
+
+effect(() => {
+  if (client.value) forget()
+})
 
 export async function run(): Promise<void> {
   if (running.value) return
@@ -56,6 +61,7 @@ async function runGenerations(asked: Setup, signal: AbortSignal): Promise<void> 
     asked.columns.map((column) => [column.id, blank(titleOf(column), performance.now(), options.seed)]),
   )
   const publish = frameByFrame(() => {
+    if (controller?.signal !== signal) return // forgotten
     answers.value = new Map([...drafts].map(([id, draft]) => [id, { ...draft }]))
   })
   publish.now()
@@ -98,7 +104,9 @@ async function stream(
 
 async function runPooled(asked: Setup, task: "classify" | "embed", signal: AbortSignal): Promise<void> {
   const ask = task === "classify" ? classify : embed
-  const put = (id: number, found: Pooled) => (pooled.value = new Map([...pooled.value, [id, found]]))
+  const put = (id: number, found: Pooled) => {
+    if (controller?.signal === signal) pooled.value = new Map([...pooled.value, [id, found]])
+  }
   pooled.value = new Map(asked.columns.map(({ id }) => [id, { status: "waiting" } as const]))
   await Promise.all(
     asked.columns.map(async (column) => {
@@ -117,7 +125,7 @@ async function runPooled(asked: Setup, task: "classify" | "embed", signal: Abort
 /** The server's words; a key that is refused is asked for anew. */
 export function said(error: unknown): { message: string; code: string } {
   if (!(error instanceof ApiError)) return { message: String(error), code: "" }
-  if (error.status === 401) keyRefused.value = error.message
+  if (error.status === 401) refuseKey(error.message)
   return { message: error.message, code: error.code }
 }
 

@@ -3,14 +3,15 @@
 import { computed, effect, signal } from "@preact/signals"
 import type { WeightedName } from "../api.ts"
 import { adapters, fragment } from "../state.ts"
+import { store, stored } from "../storage.ts"
 import { BASE_NAME, DEFAULT, MOST_COLUMNS, jsonOf, setupFrom } from "./setup.ts"
 import type { Column, Options, Setup } from "./setup.ts"
 
 const KEY = "vblora.playground"
-const stored = sessionStorage.getItem(KEY)
+const kept = stored("sessionStorage", KEY)
 
-export const setup = signal<Setup>(stored === null ? DEFAULT : setupFrom(stored))
-effect(() => sessionStorage.setItem(KEY, jsonOf(setup.value)))
+export const setup = signal<Setup>(kept === null ? DEFAULT : setupFrom(kept))
+effect(() => store("sessionStorage", KEY, jsonOf(setup.value)))
 
 export const full = computed(() => setup.value.columns.length >= MOST_COLUMNS)
 

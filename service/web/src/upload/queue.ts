@@ -3,7 +3,7 @@
 import { batch, signal } from "@preact/signals"
 import { ApiError } from "../api.ts"
 import type { Adapter } from "../api.ts"
-import { adapters, client, keyRefused, loadAdapters, notify } from "../state.ts"
+import { adapters, client, loadAdapters, notify, refuseKey } from "../state.ts"
 import { batches, missing, nameFault, nameFrom } from "./files.ts"
 import type { Batch, Files, Found } from "./files.ts"
 import { send } from "./send.ts"
@@ -104,7 +104,7 @@ async function one(job: Job, signal: AbortSignal): Promise<void> {
 function refusal(error: unknown): Progress {
   if (error instanceof DOMException && error.name === "AbortError") return { at: "chosen" }
   if (!(error instanceof ApiError)) return { at: "refused", code: "unknown", message: String(error) }
-  if (error.status === 401) keyRefused.value = error.message
+  if (error.status === 401) refuseKey(error.message)
   return { at: "refused", code: error.code, message: error.message }
 }
 

@@ -1,6 +1,7 @@
 /** One adapter: all that is known of it, what it costs, how it uses its bank, and its versions. */
 
 import { useCallback, useEffect, useState } from "preact/hooks"
+import { ApiError } from "../api.ts"
 import type { AdapterDetail } from "../api.ts"
 import { Bank } from "../components/adapter/bank.tsx"
 import { Commands } from "../components/adapter/commands.tsx"
@@ -11,7 +12,7 @@ import { Versions } from "../components/adapter/versions.tsx"
 import { Badges } from "../components/badges.tsx"
 import { ConfirmDialog } from "../components/confirm.tsx"
 import { usePolling } from "../polling.ts"
-import { client, whoAmI } from "../state.ts"
+import { client, keyNeeded, refuseKey, whoAmI } from "../state.ts"
 import "./adapters.css"
 import "./adapter.css"
 
@@ -22,16 +23,25 @@ export function AdapterPage({ name }: { name: string }) {
   const [refused, setRefused] = useState<string | null>(null)
   const asked = client.value
   const load = useCallback(async () => {
+    if (keyNeeded.value) return
     try {
-      setAdapter(await asked.adapter(name))
+      const found = await asked.adapter(name)
+      if (asked !== client.value) return // somebody else's view
+      setAdapter(found)
       setRefused(null)
     } catch (error) {
-      setRefused(error instanceof Error ? error.message : String(error))
+      if (asked !== client.value) return
+      const status = error instanceof ApiError ? error.status : 0
+      if (status === 401 || status === 404) setAdapter(null) // not for this key, or no longer there
+      if (status === 401) refuseKey(said(error))
+      else setRefused(said(error))
     }
   }, [name, asked])
   useEffect(() => {
+    setAdapter(null)
+    setRefused(null)
     void load()
-  }, [load])
+  }, [load, keyNeeded.value])
   usePolling(load, REFRESH_MS)
 
   return (
@@ -53,12 +63,16 @@ export function AdapterPage({ name }: { name: string }) {
           {refused}
         </p>
       )}
-      {adapter === null && refused === null && <p class="card empty faint">Loading…</p>}
+      {adapter === null && refused === null && (
+        <p class="card empty faint">{keyNeeded.value ? "A key is needed." : "Loading…"}</p>
+      )}
       {adapter && <Parts adapter={adapter} changed={load} />}
       <ConfirmDialog />
     </div>
   )
 }
+
+const said = (error: unknown): string => (error instanceof Error ? error.message : String(error))
 
 function Parts({ adapter, changed }: { adapter: AdapterDetail; changed: () => Promise<void> }) {
   const { name, digest } = adapter

@@ -10,7 +10,8 @@ import { UploadPanel } from "../components/upload/panel.tsx"
 import { bytes, count } from "../format.ts"
 import { usePolling } from "../polling.ts"
 import { whyNoChange } from "../rights.ts"
-import { adapters, adaptersLoaded, keyRefused, loadAdapters, moreAdapters, whoAmI } from "../state.ts"
+import { adapters, adaptersLoaded, client, keyNeeded, learn, loadAdapters } from "../state.ts"
+import { moreAdapters, refuseKey, whoAmI } from "../state.ts"
 import { ApiError } from "../api.ts"
 import { panelOpen } from "../upload/queue.ts"
 import "./adapters.css"
@@ -22,14 +23,16 @@ const MANY = 500 // a list this long is several requests
 const stale = signal<string | null>(null) // why the list is not up to date
 
 async function refresh(): Promise<void> {
-  if (whoAmI.value === null) return // it would be refused
+  if (keyNeeded.value) return // it would be refused
+  const asked = client.value
   try {
-    await loadAdapters()
+    // A server that was away may be another one now.
+    await (whoAmI.value === null || stale.value !== null ? learn() : loadAdapters())
     stale.value = null
   } catch (error) {
+    if (asked !== client.value) return
     if (error instanceof ApiError && error.status === 401) {
-      whoAmI.value = null
-      keyRefused.value = error.message
+      refuseKey(error.message)
     } else {
       stale.value = error instanceof Error ? error.message : String(error)
     }
@@ -91,8 +94,7 @@ function Totals() {
 
 function List() {
   if (!adaptersLoaded.value) {
-    const text = whoAmI.value === null && keyRefused.value !== null ? "A key is needed." : "Loading…"
-    return <p class="card empty faint">{text}</p>
+    return <p class="card empty faint">{keyNeeded.value ? "A key is needed." : "Loading…"}</p>
   }
   if (adapters.value.length === 0) {
     return (

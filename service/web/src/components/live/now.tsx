@@ -3,10 +3,13 @@
 import { count, short } from "../../format.ts"
 import { moments, trouble } from "../../live/poll.ts"
 import { rates } from "../../live/ring.ts"
+import { keyNeeded } from "../../state.ts"
 
 export function Now() {
   const last = moments.value.at(-1)
-  if (last === undefined) return <p class="faint">Asking the server…</p>
+  if (last === undefined) {
+    return <p class="faint">{keyNeeded.value ? "A key is needed." : (trouble.value ?? "Asking the server…")}</p>
+  }
   const rate = rates(moments.value.slice(-2), (stats) => stats.completion_tokens).at(-1) ?? null
   const facts: [string, string][] = [
     ["State", last.state],
