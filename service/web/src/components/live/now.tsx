@@ -8,7 +8,8 @@ import { keyNeeded } from "../../state.ts"
 export function Now() {
   const last = moments.value.at(-1)
   if (last === undefined) {
-    return <p class="faint">{keyNeeded.value ? "A key is needed." : (trouble.value ?? "Asking the server…")}</p>
+    const waiting = trouble.value ?? "Asking the server…"
+    return <p class="faint">{keyNeeded.value ? "A key is needed." : waiting}</p>
   }
   const rate = rates(moments.value.slice(-2), (stats) => stats.completion_tokens).at(-1) ?? null
   const facts: [string, string][] = [
