@@ -32,6 +32,7 @@ _NOT_CONTINUED = (
     "this server was started with --task seq2seq: its encoder reads a prompt and its decoder writes a text of its own, "
     "by /v1/generate and /v1/completions. For this route, use a server that was started with --task generate"
 )
+_DESCRIPTIONS_AT_ONCE = 2  # as registrations do; apart from them, since those who only look must not hold up uploads
 _FETCHES_AT_ONCE = 8  # each may wait long for a network: not in the threads that all requests share
 
 
@@ -208,7 +209,8 @@ class Metrics(Protocol):
 class ServerState:
     """Everything that a request may need.
 
-    `registering` bounds how many uploads are checked at once, `fetching` how many sources are read for requests.
+    `registering` bounds how many uploads are checked at once, `fetching` how many sources are read for requests,
+    `describing` how many checkpoints are looked into.
     `resolver` looks unknown names up, if the server is to. `pooled` is there if the server's `task` pools.
     """
 
@@ -227,6 +229,7 @@ class ServerState:
     activity: Activity = field(default_factory=Activity)
     registering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_REGISTRATIONS_AT_ONCE))
     fetching: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_FETCHES_AT_ONCE))
+    describing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_DESCRIPTIONS_AT_ONCE))
 
 
 async def server_state(request: Request) -> ServerState:

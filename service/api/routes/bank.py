@@ -22,8 +22,8 @@ _DIGITS = 7  # behind the point: a row of 1,024 numbers still sums to 1 within 1
 @router.get("/v1/adapters/{name}/bank", response_model=BankView, responses=error_responses(400, 401, 404, 503))
 async def bank(name: str, query: Annotated[BankQuery, Query()], state: State, tenant: Tenant) -> Response:
     """Which bank vectors each layer of the adapter's current version uses, and how much."""
-    # It may hold a whole checkpoint, and writes megabytes of a large one: as few at once as registrations.
-    content = await to_thread.run_sync(_show, state, tenant, name, query.columns, limiter=state.registering)
+    # It may hold a whole checkpoint, and writes megabytes of a large one: few at once.
+    content = await to_thread.run_sync(_show, state, tenant, name, query.columns, limiter=state.describing)
     return Response(content, media_type="application/json")
 
 

@@ -70,6 +70,13 @@ export function cancel(id: number): void {
   else change(id, { progress: { at: "chosen" } })
 }
 
+/** What waits or is on its way was meant for the key of then: under another one it is to be sent anew. */
+client.subscribe(() => {
+  for (const { id, progress } of jobs.peek()) {
+    if (progress.at === "waiting" || id === running?.id) cancel(id)
+  }
+})
+
 /** Puts jobs in line; one is sent at a time, for the server checks as few at once. */
 export function start(ids: readonly number[]): void {
   batch(() => ids.forEach((id) => change(id, { progress: { at: "waiting" } })))
