@@ -23,9 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.heavy)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium. Without one these tests are skipped, but not where CI is set."""
+    """The system's Chromium. It is closed with the file: Playwright's event loop runs until then, and tests of other
+    folders need their own. Without one these tests are skipped, but not where CI is set."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         assert not os.environ.get("CI"), "there is no Chromium: install Debian's package chromium"
