@@ -22,6 +22,7 @@
         ├── AdapterUnavailable       stored, but not fit to serve (state FAILED)
         ├── AdapterTooLarge          its factors alone exceed the memory budget
         ├── StorageFull
+        ├── StoreUnavailable         a shared store that does not answer: try again
         └── StoreCorrupt
 
 Errors carry facts, never HTTP status codes: `code` is the fact's stable name (the `code` field of the
@@ -137,6 +138,10 @@ class AdapterTooLarge(StoreError):
 
 class StorageFull(StoreError):
     code = "storage_full"
+
+
+class StoreUnavailable(StoreError):
+    code = "store_unavailable"
 
 
 class StoreCorrupt(StoreError):

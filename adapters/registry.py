@@ -43,9 +43,9 @@ from adapters.factors import AdapterFactors, LayerFactors
 from adapters.heads import ClassifierHead
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
-from adapters.reading import AnyLayout, as_served, describe, read_adapter, read_adapter_layout
+from adapters.reading import AnyCheckpoint, AnyLayout, as_served, describe, read_adapter, read_adapter_layout
 from adapters.shared_banks import SharedBanks, bytes_together
-from adapters.store import AdapterRecord, AdapterStore, AdapterVersion, digest_of
+from adapters.store import AdapterRecord, AdapterVersion, Store, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        store: AdapterStore,
+        store: Store,
         model: AdaptedModel,
         identity: BaseIdentity,
         *,
@@ -137,7 +137,7 @@ class AdapterRegistry:
         self._compose_s = 0.0
 
     @property
-    def store(self) -> AdapterStore:
+    def store(self) -> Store:
         return self._store
 
     @property
@@ -153,8 +153,11 @@ class AdapterRegistry:
     def check_stored(self) -> int:
         """Checks at start that every stored version has its files and binds to the base; returns how many do not.
 
-        Those are FAILED, with the reason; the others are served. Every file is read, to hold it against its digest.
+        Those are FAILED, with the reason; the others are served. Every file is read, to hold it against its digest;
+        but none of a store whose files are elsewhere: its adapters are checked when they are first used.
         """
+        if not self._store.checked_at_start:
+            return 0
         failures = 0
         for tenant, name, version in self._store.all_versions():
             if (error := self._fault_of(version)) is not None:
@@ -301,6 +304,15 @@ class AdapterRegistry:
                     if live.pins == 0:
                         self._forget(digest)
 
+    def note_changes(self, digests: Collection[str]) -> None:
+        """What others have published or deleted: the deleted is forgotten, and what was refused is tried again."""
+        with self._changed:
+            for digest in digests:
+                live = self._live.get(digest)
+                if live is not None and not live.loading:
+                    live.failure = None
+        self.forget_deleted(digests)
+
     def status(self, digest: str) -> AdapterStatus:
         with self._changed:
             live = self._live.get(digest) or _Live()
@@ -331,7 +343,8 @@ class AdapterRegistry:
 
     def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
         try:
-            layout = read_adapter_layout(self._verified(version.digest))
+            with self._store.reading(version.digest) as directory:
+                layout = read_adapter_layout(_verified(directory, version.digest))
             if not version.info.get("base_mismatch_allowed"):
                 check_base_name(layout.config.base_model_name_or_path, self._identity)
             self._check_layout(layout)
@@ -391,22 +404,24 @@ class AdapterRegistry:
         return factors
 
     def _read(self, digest: str) -> ServedCheckpoint:
-        directory = self._store.path(digest)
-        try:
-            checkpoint = read_adapter(self._verified(digest))
-        except (AdapterError, OSError) as error:
-            if directory.is_dir():
-                raise
-            raise AdapterNotFound("the adapter was deleted", subject=digest) from error
+        with self._store.reading(digest) as directory:
+            try:
+                checkpoint = read_adapter(_verified(directory, digest))
+            except (AdapterError, OSError) as error:
+                if directory.is_dir():
+                    raise
+                raise AdapterNotFound("the adapter was deleted", subject=digest) from error
         self._check_layout(checkpoint.layout)
+        if not self._store.checked_at_start:
+            self._check_first_use(digest, checkpoint)
         return self._banks.shared(as_served(checkpoint))
 
-    def _verified(self, digest: str) -> Path:
-        """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
-        directory = self._store.path(digest)
-        if digest_of(directory) != digest:
-            raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
-        return directory
+    def _check_first_use(self, digest: str, checkpoint: AnyCheckpoint) -> None:
+        """What a check at start would have found; and another server, with a base of its own, may have taken it in."""
+        infos = self._store.infos(digest)
+        if infos and not any(info.get("base_mismatch_allowed") for info in infos):
+            check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
+        check_range(checkpoint.extras, self._model)
 
     @torch.inference_mode()
     def _compose(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
@@ -451,6 +466,13 @@ class AdapterRegistry:
     def _fail(self, digest: str, error: AdapterError) -> None:
         with self._changed:
             self._live.setdefault(digest, _Live()).failure = error
+
+
+def _verified(directory: Path, digest: str) -> Path:
+    """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
+    if digest_of(directory) != digest:
+        raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
+    return directory
 
 
 def factor_bytes(layout: AnyLayout) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
-from adapters.store import SHARED, AdapterStore
+from adapters.store import SHARED, AdapterStore, Store
+from adapters.store.shared import SharedAdapterStore, open_objects
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
 from service.api.deps import ApiSettings, BaseInfo, PooledServing, ServerState
 from service.api.errors import ApiError
@@ -68,12 +70,14 @@ def build_server(settings: Settings) -> Server:
     with ExitStack() as opened:
         # Before the model, which takes longer: a directory that another server owns is known at once.
         names = identify(settings.model, settings.served_model_name, settings.base_alias).names
-        store = AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=names)
+        store = open_store(settings, reserved=names)
         opened.callback(store.close)
         base = in_own_thread(threads, partial(_load_base, settings))
         registry = AdapterRegistry(
             store, base.adapted, base.identity, factor_budget=settings.adapter_memory, device=base.device
         )
+        if isinstance(store, SharedAdapterStore):
+            store.listen(registry.note_changes)
         register_all(registry, settings)
         watcher = _watcher(registry, settings)
         engine = in_own_thread(threads, partial(build_engine, base, registry, _engine_options(settings))).start()
@@ -97,6 +101,20 @@ def build_server(settings: Settings) -> Server:
             watcher.start()
             opened.callback(watcher.stop)
         return Server(state, opened.pop_all())
+
+
+def open_store(settings: Settings, *, reserved: Collection[str] = frozenset()) -> Store:
+    """The store of the settings: this process's own, or one that it shares with others. Raises StoreError."""
+    if settings.store is None:
+        return AdapterStore(settings.data_dir, keep_versions=settings.keep_versions, reserved=reserved)
+    return SharedAdapterStore(
+        open_objects(settings.store, settings.store_endpoint),
+        settings.data_dir,
+        cache_bytes=settings.store_cache,
+        refresh_s=settings.store_refresh_s,
+        keep_versions=settings.keep_versions,
+        reserved=reserved,
+    )
 
 
 def _check_task(settings: Settings) -> None:

@@ -27,7 +27,7 @@ from service.engine.selection import BASE
 
 if TYPE_CHECKING:
     from adapters.registry import AdapterRegistry
-    from adapters.store import AdapterStore
+    from adapters.store import Store
     from service.engine.events import Usage
     from service.engine.seam import Engine
     from service.engine.selection import Selection
@@ -41,14 +41,21 @@ MOST_NAMES = 100  # adapters with a series of their own
 BLEND, OTHER = "blend", "other"
 FAILED = "failed"  # beside the finish reasons
 # Errors to be told of, there from the start: a series that begins at 1 shows no increase.
-WATCHED_ERRORS = ("internal_error", "engine_unavailable", "adapter_unavailable", "storage_full", "overloaded")
+WATCHED_ERRORS = (
+    "internal_error",
+    "engine_unavailable",
+    "adapter_unavailable",
+    "store_unavailable",
+    "storage_full",
+    "overloaded",
+)
 SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
 
 class PrometheusMetrics:
     """The metrics of one server, in a registry of their own. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, registry: AdapterRegistry, store: AdapterStore) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, store: Store) -> None:
         # Else every counter comes with a second series: when it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -198,7 +205,7 @@ class AdapterLabels:
 class _Server(Collector):
     """Reads the engine, the registry and the store at every scrape."""
 
-    def __init__(self, engine: Engine, registry: AdapterRegistry, store: AdapterStore) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, store: Store) -> None:
         self._engine = engine
         self._registry = registry
         self._store = store
@@ -216,6 +223,7 @@ class _Server(Collector):
         for kind, size in zip(("compact", "factors"), self._registry.resident_bytes(), strict=True):
             resident.add_metric([kind], size)
         yield resident
+        yield from self._of_store()
         stats = self._registry.stats()
         states = GaugeMetricFamily(
             "vblora_adapter_versions",
@@ -230,6 +238,16 @@ class _Server(Collector):
         yield CounterMetricFamily("vblora_adapter_evictions", "Factors dropped for want of room.", stats.evictions)
         yield CounterMetricFamily("vblora_adapter_composes", "Times factors were composed.", stats.composes)
         yield CounterMetricFamily("vblora_adapter_compose_seconds", "Time spent composing.", stats.compose_s)
+
+    def _of_store(self) -> Iterator[Metric]:
+        if (health := self._store.health()) is None:
+            return
+        yield GaugeMetricFamily(
+            "vblora_store_refresh_age_seconds",
+            "Since the shared store was last asked for changes, and answered.",
+            health.refresh_age_s,
+        )
+        yield CounterMetricFamily("vblora_store_errors", "Requests that the shared store failed.", health.errors)
 
     def _of_engine(self) -> Iterator[Metric]:
         stats, now = self._engine.stats(), self._engine.state

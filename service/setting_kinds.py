@@ -19,6 +19,7 @@ _DIRECTORY = "dir:"
 _HUB_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HUB_PATTERN = re.compile(rf"hf://(\*|{_HUB_WORD}/(\*|{_HUB_WORD}))")
 _HUB_TEMPLATE = re.compile(rf"hf://{_HUB_WORD}/[A-Za-z0-9._-]*\*[A-Za-z0-9._-]*")
+_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._=-]+)*/?|file://(/[^/\0]+)+/?")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -141,6 +142,18 @@ def _adapter_source(text: str) -> AdapterSource:
     return AdapterSource(name, source)
 
 
+def _store(text: str) -> str:
+    if not _STORE.fullmatch(text):
+        raise ValueError(text)
+    return text.rstrip("/")
+
+
+def _endpoint(text: str) -> str:
+    if not text.startswith(("http://", "https://")) or not _ORIGIN.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
 def _origin(text: str) -> str:
     if text != "*" and not _ORIGIN.fullmatch(text):
         raise ValueError(text)
@@ -153,6 +166,8 @@ BYTES = Kind("a number of bytes such as 512MiB, 2GiB or 1000000", _bytes, "SIZE"
 SECONDS = Kind("a number of seconds above 0", _seconds, "SECONDS", (int, float), "{:g}".format)
 BOOLEAN = Kind("true or false", _boolean, "", (bool,), lambda value: str(value).lower())
 ORIGIN = Kind("* or an origin such as https://example.com", _origin, "ORIGIN")
+STORE = Kind("s3://bucket, s3://bucket/prefix or file:///directory", _store, "URL")
+ENDPOINT = Kind("an address such as https://minio.example:9000", _endpoint, "URL")
 ADAPTER = Kind(
     "NAME=DIRECTORY or NAME=hf://org/repo",
     _adapter_source,

@@ -25,10 +25,12 @@ from service.setting_kinds import (
     ALLOWED_SOURCE,
     BOOLEAN,
     BYTES,
+    ENDPOINT,
     NAME_SOURCE,
     ORIGIN,
     PATH,
     SECONDS,
+    STORE,
     TEXT,
     AdapterSource,
     Kind,
@@ -110,6 +112,23 @@ class Settings:
         default_data_dir,
         "Where adapters are kept. One server at a time owns it.",
         shown="$XDG_DATA_HOME/vblora-serve, or ~/.local/share/vblora-serve",
+    )
+    store: str | None = _setting(
+        STORE,
+        None,
+        "Where adapters are kept that several servers share: `s3://bucket/prefix` (credentials as AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_REGION …), or `file:///directory` for those of one machine. Then data_dir only has "
+        "copies of files in use.",
+        shown="in data_dir, for this server alone",
+    )
+    store_endpoint: str | None = _setting(
+        ENDPOINT, None, "The object storage's address, if it is not Amazon's.", shown="AWS_ENDPOINT_URL, else Amazon's"
+    )
+    store_refresh_s: float = _setting(
+        SECONDS, 1.0, "How often a shared store is asked for what other servers have changed."
+    )
+    store_cache: int = _setting(
+        BYTES, 10 << 30, "Disk for copies of a shared store's files. The least recently used leave first."
     )
     adapter: tuple[AdapterSource, ...] = _setting(
         ADAPTER, (), "An adapter to register at start. One whose files are registered already is left as it is."

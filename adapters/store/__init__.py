@@ -26,6 +26,7 @@ No torch here: the store opens in milliseconds.
 from adapters.store.files import digest_of, digest_of_files
 from adapters.store.names import check_name
 from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion
+from adapters.store.seam import Store
 from adapters.store.store import AdapterStore
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "AdapterRecord",
     "AdapterStore",
     "AdapterVersion",
+    "Store",
     "check_name",
     "digest_of",
     "digest_of_files",

@@ -124,6 +124,10 @@ class Catalog:
         row = self._sql.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
         return row is not None
 
+    def infos(self, digest: str) -> list[dict[str, Any]]:
+        rows = self._sql.execute(f"SELECT {_VERSION} FROM versions WHERE digest = ? ORDER BY seq", (digest,))
+        return [dict(_version(row).info) for row in rows]
+
     def digests(self) -> set[str]:
         return {digest for (digest,) in self._sql.execute("SELECT DISTINCT digest FROM versions")}
 

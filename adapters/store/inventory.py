@@ -19,6 +19,7 @@ Name = tuple[str, str]
 
 class Problem(StrEnum):
     DATABASE = "database"  # it is damaged, lost, or not ours
+    MANIFEST = "manifest"  # of a tenant, in a shared store: it cannot be read
     ROW = "row"  # a version's row cannot be read
     MISSING = "missing_files"
     DAMAGED = "damaged_files"

@@ -10,14 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import (
-    AdapterExists,
-    AdapterNotFound,
-    AdapterUnavailable,
-    InvalidSelection,
-    StorageFull,
-    StoreError,
-)
+from adapters.errors import StorageFull, StoreError
 from adapters.store import schema
 from adapters.store.backup import Backup
 from adapters.store.blobs import BlobDirectory
@@ -26,12 +19,12 @@ from adapters.store.database import CommitUncertain, Database, DatabaseDamaged
 from adapters.store.files import make_directory, storage_errors
 from adapters.store.lock import DirectoryLock
 from adapters.store.names import check_name, is_name
+from adapters.store.outcomes import check_keep, check_mode, check_page, exists, files_gone, not_found
 from adapters.store.records import SHARED, Activation, AdapterRecord, AdapterVersion, Page
 from adapters.store.reserve import Reserve
 
 logger = logging.getLogger(__name__)
 
-MODES = ("switch", "merge")
 PRIVATE_DIRECTORIES = ("blobs", "tmp", "quarantine")
 
 _ROWS_AT_A_TIME = 500
@@ -48,6 +41,8 @@ class AdapterStore:
     changed then), StoreCorrupt when it is damaged.
     """
 
+    checked_at_start = True
+
     def __init__(self, data_dir: Path, *, keep_versions: int = 5, reserved: Collection[str] = frozenset()) -> None:
         """Open the store, creating or upgrading it, and sweep up what a killed process left.
 
@@ -55,8 +50,7 @@ class AdapterStore:
         Raises StoreError when another process owns the directory, StoreCorrupt when its database is damaged,
         foreign, missing beside existing files, or of a newer release.
         """
-        if keep_versions < 1:
-            raise ValueError(f"keep_versions is {keep_versions}: at least the current version is kept")
+        check_keep(keep_versions)
         self._keep_versions = keep_versions
         self._reserved = frozenset(reserved)
         self._lock = threading.RLock()  # around every use of the connection, and every change of blobs/
@@ -148,10 +142,7 @@ class AdapterStore:
         continue after need not exist any more; the last page's is None. Raises InvalidSelection for an `after` that
         cannot be a name.
         """
-        if limit < 1:
-            raise ValueError(f"limit is {limit}: a page has at least one adapter")
-        if after and not is_name(after):
-            raise InvalidSelection(f"{after[:140]!r} is no name to continue after", subject="after")
+        check_page(limit, after)
         with self._reading() as catalog:
             return catalog.page(tenant, limit, after or "")
 
@@ -191,9 +182,7 @@ class AdapterStore:
             record = _find(catalog, tenant, name)
             version = record.version(digest_prefix)
             if not self.path(version.digest).is_dir():
-                raise AdapterUnavailable(
-                    f"the files of {version.digest} are gone: publish this version of {name!r} again", subject=name
-                )
+                raise files_gone(name, version.digest)
             if version.digest != record.digest:
                 catalog.make_current(tenant, name, version.digest, time.time())
             record = _find(catalog, tenant, name)
@@ -205,8 +194,7 @@ class AdapterStore:
 
         Raises AdapterNotFound, or InvalidSelection for a mode that is neither "switch" nor "merge".
         """
-        if mode not in MODES:
-            raise InvalidSelection(f"mode is {mode[:80]!r}: it is one of {', '.join(MODES)}", subject="mode")
+        check_mode(mode)
         with self._writing() as catalog:
             activation = Activation(tenant, name, mode, _find_visible(catalog, tenant, name).tenant)
             catalog.activate(activation)
@@ -257,10 +245,27 @@ class AdapterStore:
         """The directory with the files of that digest, if they are stored. Raises InvalidSelection."""
         return self._blobs.path(digest)
 
+    def fetch(self, digest: str) -> Path:
+        """The same: they are here, or nowhere."""
+        return self.path(digest)
+
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[Path]:
+        """The same, for a block that reads them; nothing is cleared away to make room."""
+        yield self.path(digest)
+
+    def infos(self, digest: str) -> Sequence[Mapping[str, Any]]:
+        """The `info` of every version with that digest, oldest first."""
+        with self._reading() as catalog:
+            return catalog.infos(digest)
+
     def digest_in_use(self, digest: str) -> bool:
         """Whether any version of any adapter has that digest."""
         with self._reading() as catalog:
             return catalog.refers_to(digest)
+
+    def health(self) -> None:
+        """Nobody else changes it."""
 
     def _record(
         self, tenant: str, name: str, staged: Path, version: AdapterVersion, replace: bool
@@ -270,7 +275,7 @@ class AdapterStore:
         with self._writing() as catalog:
             existing = catalog.find(tenant, name)
             if existing is not None and not replace:
-                raise _exists(existing, version.digest)
+                raise exists(existing, version.digest)
             self._blobs.place(staged, version.digest)
             if existing is None or existing.digest != version.digest:
                 catalog.put(tenant, name, version)
@@ -321,9 +326,7 @@ class AdapterStore:
 def _find(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
     record = catalog.find(tenant, name) if is_name(name) else None
     if record is None:
-        raise AdapterNotFound(
-            f"no adapter is named {name[:140]!r}; list the adapters to see which there are", subject=name
-        )
+        raise not_found(name)
     return record
 
 
@@ -331,15 +334,3 @@ def _find_visible(catalog: Catalog, tenant: str, name: str) -> AdapterRecord:
     if tenant != SHARED and is_name(name) and (own := catalog.find(tenant, name)) is not None:
         return own
     return _find(catalog, SHARED, name)
-
-
-def _exists(existing: AdapterRecord, digest: str) -> AdapterExists:
-    if existing.digest == digest:
-        return AdapterExists(
-            f"adapter {existing.name!r} exists already, with these very files ({digest})", subject=existing.name
-        )
-    return AdapterExists(
-        f"adapter {existing.name!r} exists already, with other files ({existing.digest}): "
-        "replace it, delete it, or choose another name",
-        subject=existing.name,
-    )

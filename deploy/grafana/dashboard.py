@@ -75,8 +75,8 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = [
         Panel("Responses by route", [(rate("vblora_requests_total", "route"), "{{route}}")], "reqps"),
         Panel("Responses by status", [(rate("vblora_requests_total", "status"), "{{status}}")], "reqps", stacked=True),
         Panel("Errors by code", [(rate("vblora_errors_total", "code"), "{{code}}")], "reqps", stacked=True,
-              text="overloaded: the queue was full. internal_error, engine_unavailable, adapter_unavailable and "
-                   "storage_full are the server's faults; the others are clients'."),
+              text="overloaded: the queue was full. internal_error, engine_unavailable, adapter_unavailable, "
+                   "store_unavailable and storage_full are the server's faults; the others are clients'."),
         Panel("Tokens", [(rate("vblora_completion_tokens_total"), "{{instance}} generated"),
                          (rate("vblora_prompt_tokens_total"), "{{instance}} of prompts, run"),
                          (rate("vblora_prefix_tokens_total"), "{{instance}} of prompts, cached")]),
@@ -116,6 +116,9 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = [
               width=12, text="compact: as stored. factors: as they run, bounded by --adapter-memory."),
         Panel("Versions by state", [(gauge("vblora_adapter_versions", "instance, state"), "{{instance}} {{state}}")],
               width=12),
+        Panel("Shared store: since its last answer", [(gauge("vblora_store_refresh_age_seconds"), "{{instance}}")],
+              "s", width=12, text="With --store alone. What others change is seen when it answers."),
+        Panel("Shared store: failures", [(rate("vblora_store_errors_total"), "{{instance}}")], "ops", width=12),
     ]),
     ("Memory for keys and values", [
         Panel("Of --kv-memory", [(gauge("vblora_kv_bytes"), "{{instance}} running sequences"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from adapters.store import Store
 from service.api.adapter_files import unless_deleted
 from service.api.chat_files import chat_template_of
 from service.api.deps import ServerState
@@ -82,7 +82,7 @@ def template_of(state: ServerState, selection: Selection) -> str | None:
 
     Raises ApiError if a blend's adapters bring different ones, AdapterNotFound if one has been deleted meanwhile.
     """
-    found = {_stored_template(state.store.path(adapter.digest)) for adapter in selection.adapters} - {None}
+    found = {_stored_template(state.store, adapter.digest) for adapter in selection.adapters} - {None}
     if len(found) > 1:
         raise ApiError(
             "invalid_request",
@@ -93,9 +93,9 @@ def template_of(state: ServerState, selection: Selection) -> str | None:
 
 
 @lru_cache(_TEMPLATES_KEPT)
-def _stored_template(directory: Path) -> str | None:
+def _stored_template(store: Store, digest: str) -> str | None:
     """What is stored under a digest never changes, but it may go, and come back: only what is there is remembered."""
-    with unless_deleted(directory):
+    with store.reading(digest) as directory, unless_deleted(directory):
         return chat_template_of(directory)
 
 

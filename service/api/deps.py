@@ -11,7 +11,7 @@ import anyio
 from fastapi import Depends, Request
 
 from adapters.registry import AdapterRegistry
-from adapters.store import SHARED, AdapterStore
+from adapters.store import SHARED, Store
 from adapters.targets import BaseModules
 from service.api.activity import Activity
 from service.api.errors import ApiError
@@ -210,7 +210,7 @@ class ServerState:
     """
 
     settings: ApiSettings
-    store: AdapterStore
+    store: Store
     registry: AdapterRegistry
     engine: Engine
     tokenizer: Tokenizer

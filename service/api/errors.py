@@ -55,6 +55,7 @@ STATUS: Mapping[str, int] = {
     "internal_error": 500,
     "adapter_unavailable": 503,
     "engine_unavailable": 503,
+    "store_unavailable": 503,
     "storage_full": 507,
 }
 

@@ -27,8 +27,7 @@ def pack(state: ServerState, record: AdapterRecord, format: ExportFormat) -> IO[
     An adapter in the storage it has is packed as it was uploaded, to the byte. Raises AdapterNotFound when it has been
     deleted meanwhile, InvalidSelection for a storage that it cannot have.
     """
-    stored = state.store.path(record.digest)
-    with state.store.staging() as staged:
+    with state.store.reading(record.digest) as stored, state.store.staging() as staged:
         directory = stored
         if record.info["parameters"]["storage"] != format:
             directory = staged / "converted"

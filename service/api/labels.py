@@ -46,7 +46,7 @@ def classes_of(state: ServerState, selection: Selection) -> Classes:
             "an adapter",
             param="adapter",
         )
-    own = [own_labels(state.store.path(adapter.digest), head) for adapter in selection.adapters]
+    own = [own_labels(state.store.fetch(adapter.digest), head) for adapter in selection.adapters]
     if len({each.count for each in own}) > 1:
         named = zip(selection.adapters, own, strict=True)
         told = ", ".join(f"{adapter.name!r} has {each.count}" for adapter, each in named)

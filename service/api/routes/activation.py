@@ -28,7 +28,7 @@ async def activate_adapter(
     return await activate(state, tenant, name, Mode(body.mode) if body else Mode.SWITCH)
 
 
-@router.post("/v1/adapters/{name}/deactivate", responses=error_responses(401, 403, 404))
+@router.post("/v1/adapters/{name}/deactivate", responses=error_responses(401, 403, 404, 503))
 def deactivate_adapter(name: str, state: State, tenant: Tenant) -> AdapterView:
     """Back to the base model, if this adapter was active."""
     record = state.store.visible(tenant, name)

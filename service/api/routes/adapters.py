@@ -67,7 +67,7 @@ _UPLOAD_BODY = {
     "/v1/adapters",
     status_code=201,
     response_model=MergedView | AdapterView,
-    responses=error_responses(400, 401, 403, 408, 409, 413, 415, 422, 507),
+    responses=error_responses(400, 401, 403, 408, 409, 413, 415, 422, 503, 507),
     openapi_extra=_UPLOAD_BODY,
 )
 async def upload_adapter(
@@ -100,7 +100,7 @@ def get_adapter(name: str, state: State, tenant: Tenant) -> AdapterDetail:
     return show_detail(state, tenant, name)
 
 
-@router.delete("/v1/adapters/{name}", status_code=204, responses=error_responses(401, 403, 404))
+@router.delete("/v1/adapters/{name}", status_code=204, responses=error_responses(401, 403, 404, 503))
 def delete_adapter(name: str, state: State, tenant: Tenant) -> None:
     """Forgets an adapter with all its versions. Running requests finish on the version they hold."""
     delete(state, tenant, name)

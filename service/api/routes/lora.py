@@ -44,7 +44,7 @@ async def load_lora_adapter(body: LoadLoraRequest, state: State, tenant: Tenant)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", responses=_PLAIN_TEXT | error_responses(400, 401, 403, 404))
+@router.post("/v1/unload_lora_adapter", responses=_PLAIN_TEXT | error_responses(400, 401, 403, 404, 503))
 def unload_lora_adapter(body: UnloadLoraRequest, state: State, tenant: Tenant) -> PlainTextResponse:
     """Forgets an adapter with all its versions. Running requests finish on the version they hold."""
     delete(state, tenant, body.lora_name)

@@ -85,6 +85,6 @@ _CODES_BY_STATUS = {
     422: "A checkpoint refused: `invalid_safetensors`, `bad_config`, `missing_tensor`, `unexpected_tensor`, "
     "`shape_mismatch`, `bad_index`, `bad_weights`, `non_finite`, `no_target_matched`, `base_model_mismatch`",
     429: "`overloaded`; Retry-After says when to come back",
-    503: "`adapter_unavailable`, `engine_unavailable`",
+    503: "`adapter_unavailable`, `engine_unavailable`, `store_unavailable`",
     507: "`storage_full`",
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from adapters.store import AdapterStore
+from adapters.store.shared.objects import ObjectStore
+from tests.unit.adapters.shared_support import CREDENTIALS, objects_of, s3_server
 
 
 @pytest.fixture
@@ -21,3 +25,24 @@ def store(data_dir: Path) -> Iterator[AdapterStore]:
     store = AdapterStore(data_dir, keep_versions=2)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[Callable[[], str]]:
+    """Answers with the address of a server that speaks S3, started when it is first asked for."""
+    with ExitStack() as started:
+        addresses: list[str] = []
+
+        def endpoint() -> str:
+            if not addresses:
+                os.environ.update(CREDENTIALS)
+                addresses.append(started.enter_context(s3_server()))
+            return addresses[0]
+
+        yield endpoint
+
+
+@pytest.fixture(params=["file", "s3"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: Callable[[], str]) -> ObjectStore:
+    """An empty object storage: a directory, then a bucket's."""
+    return objects_of(request.param, tmp_path, s3_endpoint)

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import StoreCorrupt
 from adapters.registry import RegistryStats
+from adapters.store.seam import StoreHealth
 from service.api.errors import STATUS
 from service.engine.events import Usage
 from service.engine.seam import EngineState, EngineStats
@@ -37,6 +38,9 @@ class Registry:
 
 class Store:
     broken = False
+
+    def health(self) -> StoreHealth | None:
+        return StoreHealth(1.5, 9)
 
     def count(self, tenant: str) -> int:
         if self.broken:
@@ -98,6 +102,8 @@ def test_a_scrape_asks_engine_registry_and_store() -> None:
         "vblora_replayed_steps_total": 140,
         "vblora_eager_steps_total": 150,
         "vblora_adapters": 7,
+        "vblora_store_refresh_age_seconds": 1.5,
+        "vblora_store_errors_total": 9,
         "vblora_adapter_resident_bytes{kind=compact}": 100,
         "vblora_adapter_resident_bytes{kind=factors}": 200,
         "vblora_adapter_hits_total": 1,
