@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -36,6 +37,7 @@ APPLICATION = "vblora"
 _LOOPBACK = "127.0.0.1"
 _OBJECTS_BYTES = 256 << 20  # beside one upload
 _ATTEMPTS_TO_START = 2
+_END_S = 15.0
 
 
 class Replicated:
@@ -54,7 +56,7 @@ class Replicated:
         with self._opened:
             self._start_ray()
             self._opened.callback(ray.shutdown)
-            self._opened.callback(serve.shutdown)
+            self._opened.callback(_end_replicas)
             replicas = RayReplicas(self._start_replicas())
             facts = asyncio.run(replicas.facts())
             self.base = facts.base
@@ -95,6 +97,15 @@ class Replicated:
             return serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise CommandError(f"the replicas cannot be started: {error}") from error
+
+
+def _end_replicas() -> None:
+    """Their requests have ended, or had their time. A Ray that does not answer must not keep this process."""
+    ending = threading.Thread(target=serve.shutdown, name="serve-shutdown", daemon=True)
+    ending.start()
+    ending.join(_END_S)
+    if ending.is_alive():
+        log.warning("the replicas did not end within %g seconds: killing them", _END_S)
 
 
 def resources_of(settings: Settings) -> dict[str, int]:
