@@ -224,7 +224,8 @@ def _piece(data: bytes, *, more: bool) -> AsgiMessage:
 
 
 async def _nothing() -> AsgiMessage:
-    return await asyncio.get_running_loop().create_future()
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody sets it")
 
 
 def _overloaded() -> ApiError:

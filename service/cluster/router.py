@@ -22,6 +22,7 @@ from service.cluster.messages import Forwarded
 from service.cluster.policy import ranks, rendezvous, with_room
 from service.cluster.seam import ReplicasFull
 
+
 class AffinityRouter(RequestRouter):  # type: ignore[misc]
     """Sends a `Forwarded` where its adapters are; when no replica has room, refuses it instead of holding it.
 
