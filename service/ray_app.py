@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from ray import serve
 from ray.serve import Application
+from ray.serve._private import replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -23,12 +24,13 @@ from service.api.keys import KeyRing
 from service.api.stats import show_stats
 from service.assembly import build_server, load_keys, open_store
 from service.cluster.ingress import Ingress as IngressApp
+from service.cluster.log_lines import LineSender
 from service.cluster.messages import Facts, Forwarded, Message
 from service.cluster.metrics import IngressMetrics
 from service.cluster.replica import Replica
 from service.cluster.replicas import RayReplicas
 from service.engine.seam import EngineState
-from service.logs import setup_logging
+from service.logs import quiet_libraries, setup_logging
 from service.settings import Settings, SettingsError, load_settings
 
 ROUTER = "service.cluster.router:AffinityRouter"
@@ -40,8 +42,12 @@ _MOST_AT_INGRESS = 10_000
 class Engine:
     """A replica: a whole server, asked in process."""
 
-    def __init__(self, settings: Settings) -> None:
-        _log(settings)
+    def __init__(self, settings: Settings, log_lines: str | None = None) -> None:
+        """`log_lines`: Ray is a process's own on this machine, and takes log lines there."""
+        quiet_libraries()
+        _log(settings, None if log_lines is None else LineSender(log_lines))
+        if log_lines is not None:
+            _stay_on_loopback()
         self._settings = settings
         self._server = build_server(settings)
         self._replica = Replica(self._server.state, _load)
@@ -130,9 +136,9 @@ def engine_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def engines(settings: Settings, **options: Any) -> Application:
+def engines(settings: Settings, *, log_lines: str | None = None, **options: Any) -> Application:
     """The replicas alone, for an ingress elsewhere."""
-    return serve.deployment(Engine).options(**{**engine_options(settings), **options}).bind(settings)
+    return serve.deployment(Engine).options(**{**engine_options(settings), **options}).bind(settings, log_lines)
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
@@ -150,12 +156,16 @@ def _flags(args: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, list) else str(value) for name, value in args.items()}
 
 
-def _log(settings: Settings) -> None:
-    setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts)
+def _log(settings: Settings, stream: TextIO | None = None) -> None:
+    setup_logging(format=settings.log_format, level=settings.log_level, prompts=settings.log_prompts, stream=stream)
+
+
+def _stay_on_loopback() -> None:
+    """Ray has replicas listen for other deployments, on every address: here there are none."""
+    listen = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: listen(server, "127.0.0.1:0")
 
 
 async def _load(piece: Any) -> bytes:
     """A piece of a body: itself, or a reference to where the ingress put it."""
     return piece if isinstance(piece, bytes) else await piece
-
-

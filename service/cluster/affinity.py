@@ -74,5 +74,3 @@ def _digest(text: str, tenant: str, store: Store) -> str:
     name, prefix = WeightedName(text).split()
     record = store.visible(tenant, name)
     return record.version(prefix or record.digest).digest
-
-

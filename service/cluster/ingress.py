@@ -26,7 +26,7 @@ from service.api.disconnect import unless_disconnected
 from service.api.errors import CLIENT_DISCONNECTED, ApiError, ErrorResponse, note_error, request_id_of
 from service.api.keys import KeyRing, key_of
 from service.api.middleware.paths import route_path
-from service.api.sse import error_frame
+from service.api.sse import DONE, error_frame
 from service.app import guards
 from service.cluster.affinity import affinity_of, generates
 from service.cluster.answers import OwnAnswers
@@ -45,6 +45,7 @@ _TRAVELLING = (
 )  # fmt: skip
 _LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
 _RETRY_AFTER_S = 1
+_DONE = DONE.encode()
 _ATTEMPTS = 2
 
 
@@ -153,6 +154,7 @@ class _Exchange:
         self._send = send
         self._changed = changed
         self._is_stream = False
+        self._held = b""
         self.begun = False
 
     async def pass_on(self, batch: list[Message]) -> None:
@@ -165,7 +167,17 @@ class _Exchange:
             else:
                 data.append(message)
         if data:
-            await self._send(_piece(b"".join(data), more=True))
+            await self._pass_on(b"".join(data))
+
+    async def _pass_on(self, data: bytes) -> None:
+        """What may be the last is held back until that is known: a client that has it all may leave at once, and is
+        not to be taken for one that left too early. Events of a stream are not, but for the one that says it.
+        """
+        if self._held:
+            await self._send(_piece(self._held, more=True))
+        self._held = b"" if self._is_stream and not data.endswith(_DONE) else data
+        if not self._held:
+            await self._send(_piece(data, more=True))
 
     async def _begin(self, head: Head) -> None:
         if self._changed is not None and head.status < 300:
@@ -183,7 +195,7 @@ class _Exchange:
             note_error(self._scope, tail.error_code)
 
     async def end(self) -> None:
-        await self._send(_piece(b"", more=False))
+        await self._send(_piece(self._held, more=False))
 
     async def refuse(self, error: ApiError) -> None:
         """The error: a response, an event if a stream of events has begun, else a connection that breaks."""
@@ -212,7 +224,8 @@ def _piece(data: bytes, *, more: bool) -> AsgiMessage:
 
 
 async def _nothing() -> AsgiMessage:
-    return await asyncio.get_running_loop().create_future()
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody sets it")
 
 
 def _overloaded() -> ApiError:

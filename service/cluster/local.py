@@ -6,13 +6,17 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-# Read when Ray is imported. Whoever else is on this machine is to have no part in this one's.
+# Read when Ray is imported. Whoever else is on this machine is to have no part in this one's Ray, which has its ports
+# on the loopback interface alone where it is told that there are no clusters.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -24,6 +28,7 @@ from ray.serve.schema import LoggingConfig
 from service.api.keys import KeyRing
 from service.assembly import load_keys, open_store
 from service.cluster.ingress import Ingress
+from service.cluster.log_lines import LogLines
 from service.cluster.metrics import IngressMetrics
 from service.cluster.replicas import RayReplicas
 from service.commands import CommandError
@@ -33,9 +38,9 @@ from service.settings import Settings, SettingsError
 log = logging.getLogger(__name__)
 
 APPLICATION = "vblora"
-_LOOPBACK = "127.0.0.1"
 _OBJECTS_BYTES = 256 << 20  # beside one upload
 _ATTEMPTS_TO_START = 2
+_END_S = 15.0
 
 
 class Replicated:
@@ -52,9 +57,10 @@ class Replicated:
 
     def __enter__(self) -> Replicated:
         with self._opened:
+            self._lines = self._opened.enter_context(LogLines())
             self._start_ray()
             self._opened.callback(ray.shutdown)
-            self._opened.callback(serve.shutdown)
+            self._opened.callback(_end_replicas)
             replicas = RayReplicas(self._start_replicas())
             facts = asyncio.run(replicas.facts())
             self.base = facts.base
@@ -78,14 +84,16 @@ class Replicated:
             object_store_memory=_OBJECTS_BYTES + self._settings.max_upload,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            _node_ip_address=_LOOPBACK,
+            log_to_driver=False,
         )
 
     def _start_replicas(self) -> Any:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         application = engines(
             self._settings,
+            log_lines=self._lines.path,
             num_replicas=self._settings.replicas,
             ray_actor_options=self._resources,
             max_constructor_retry_count=_ATTEMPTS_TO_START,
@@ -95,6 +103,15 @@ class Replicated:
             return serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise CommandError(f"the replicas cannot be started: {error}") from error
+
+
+def _end_replicas() -> None:
+    """Their requests have ended, or had their time. A Ray that does not answer must not keep this process."""
+    ending = threading.Thread(target=serve.shutdown, name="serve-shutdown", daemon=True)
+    ending.start()
+    ending.join(_END_S)
+    if ending.is_alive():
+        log.warning("the replicas did not end within %g seconds: killing them", _END_S)
 
 
 def resources_of(settings: Settings) -> dict[str, int]:

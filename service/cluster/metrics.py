@@ -78,9 +78,7 @@ def merged(own: str, of_replicas: Mapping[str, str]) -> str:
             elif line:
                 families.setdefault(family, []).append(line if not replica else _labelled(line, replica))
     lines = [
-        line
-        for family, comment in comments.items()
-        for line in (*comment, *filter(None, families.get(family, ())))
+        line for family, comment in comments.items() for line in (*comment, *filter(None, families.get(family, ())))
     ]
     return "\n".join([*lines, ""])
 

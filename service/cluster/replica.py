@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from anyio import to_thread
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 from starlette.types import Message as AsgiMessage
 
 from adapters.errors import StoreError
@@ -62,7 +62,7 @@ class Replica:
             self._seen[ingress] = max(changes, self._seen.get(ingress, 0))
 
 
-def _tail(scope: Mapping[str, Any]) -> Tail:
+def _tail(scope: Scope) -> Tail:
     route = getattr(scope.get("route"), "path", "unmatched")
     fields = {name: value for name, value in access_fields(scope).items() if value is not None}
     return Tail(route, scope["state"].get("error_code"), fields)

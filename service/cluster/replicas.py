@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 
 from service.cluster.messages import Facts, Forwarded, Message
-from service.cluster.router import ROUTERS
+from service.cluster.routing import ROUTERS
 from service.cluster.seam import ReplicaLost
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
 """The policy as Ray Serve's request router: `request_router_class="service.cluster.router:AffinityRouter"`.
 
-It runs in the ingress's process, on a thread of Ray's.
+It runs in the ingress's process, on a thread of Ray's. Ray sends this module as it is: what there may be only once in a
+process is in `routing`.
 """
 
 from __future__ import annotations
 
 import random
 from typing import Any
-from weakref import WeakSet
 
 from ray.serve.request_router import (
     PendingRequest,
@@ -17,13 +17,10 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from service.cluster import routing
 from service.cluster.messages import Forwarded
 from service.cluster.policy import ranks, rendezvous, with_room
-from service.cluster.routing import COUNTS, Routed
 from service.cluster.seam import ReplicasFull
-
-ROUTERS: WeakSet[AffinityRouter] = WeakSet()
-"""Those of this process, of which each knows all replicas."""
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]
@@ -35,7 +32,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
     def initialize_state(self, reserve: int = 0) -> None:
         self._reserve = reserve
         self._pick = random.Random()
-        ROUTERS.add(self)
+        routing.ROUTERS.add(self)
 
     @property
     def replica_names(self) -> list[str]:
@@ -69,7 +66,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
 
     def _refuse(self, pending_request: PendingRequest) -> None:
         if not pending_request.future.done():
-            COUNTS[Routed.REFUSED] += 1
+            routing.COUNTS[routing.Routed.REFUSED] += 1
             pending_request.future.set_exception(ReplicasFull())
             self._remove_pending_request_from_indices(pending_request)
 
@@ -78,10 +75,10 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
         if request is None or not request.generates:
             return
         if request.affinity is None:
-            COUNTS[Routed.ANY] += 1
+            routing.COUNTS[routing.Routed.ANY] += 1
         else:
             at_home = rendezvous(request.affinity, self.replica_names)[:1] == [replica_id.unique_id]
-            COUNTS[Routed.HOME if at_home else Routed.SPILLED] += 1
+            routing.COUNTS[routing.Routed.HOME if at_home else routing.Routed.SPILLED] += 1
 
 
 def _forwarded(pending_request: PendingRequest) -> Forwarded | None:

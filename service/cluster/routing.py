@@ -1,9 +1,12 @@
-"""What the routers of this process did, for its metrics."""
+"""What the routers of this process know and did."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Protocol
+from weakref import WeakSet
 
 
 class Routed(StrEnum):
@@ -17,4 +20,13 @@ class Routed(StrEnum):
     REFUSED = "refused"
 
 
+class Router(Protocol):
+    @property
+    def replica_names(self) -> Sequence[str]: ...
+
+    def __hash__(self) -> int: ...
+
+
 COUNTS: Counter[Routed] = Counter()
+ROUTERS: WeakSet[Router] = WeakSet()
+"""Each knows all replicas."""

@@ -56,4 +56,5 @@ def _slowest(views: Sequence[LatencyView]) -> LatencyView:
 
 
 def _memory(views: Sequence[Memory]) -> Memory:
-    return Memory(**{name: _sum(getattr(view, name) for view in views) for name in Memory.model_fields})
+    summed: dict[str, Any] = {name: _sum(getattr(view, name) for view in views) for name in Memory.model_fields}
+    return Memory(**summed)

@@ -199,6 +199,7 @@ def serve_app(
         access_log=False,  # the application writes its own
         server_header=False,
         ws="none",
+        lifespan="off",
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
