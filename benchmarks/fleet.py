@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fleets.figures import after_loss, moved_adapters, summary
+from benchmarks.fleets.figures import after_loss, first_uses_per_s, moved_adapters, summary
 from benchmarks.fleets.policies import POLICIES, Homes, adapter_key, replica_name
 from benchmarks.fleets.simulation import FleetShape, Loss, Ran, Simulation
 from benchmarks.fleets.traffic import Traffic, make_traffic
@@ -93,19 +93,18 @@ class _Fleet:
 
     def policies(self, exponent: float, load: float) -> dict[str, Any]:
         traffic = self._traffic(exponent, load)
-        return {name: self._figures(name, traffic, self._sizes.shape) for name in POLICIES}
+        figures = {name: self._figures(name, traffic, self._sizes.shape) for name in POLICIES}
+        return {"first_uses_per_s": first_uses_per_s(traffic, self._warm), **figures}
 
-    def memories(self) -> dict[str, Any]:
-        """Composes a second, as a replica's memory has room for more adapters."""
+    def memories(self) -> dict[str, dict[str, float]]:
+        """Composes a second, as a replica's memory has room for more adapters, and those of them that nobody saves."""
         traffic = self._traffic(self._sizes.exponent, self._sizes.load)
         shapes = {resident: replace(self._sizes.shape, resident=resident) for resident in self._sizes.residents}
-        return {
-            name: {
-                str(resident): self._figures(name, traffic, shape)["composes_per_s"]
-                for resident, shape in shapes.items()
-            }
+        composes = {
+            name: {f"{room}": self._figures(name, traffic, shape)["composes_per_s"] for room, shape in shapes.items()}
             for name in _PLOTTED
         }
+        return {**composes, "first_uses": dict.fromkeys(map(str, shapes), first_uses_per_s(traffic, self._warm))}
 
     def losses(self) -> dict[str, Any]:
         """Some replicas are lost in the middle of what is counted, and none comes in their place."""

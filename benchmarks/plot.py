@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
-_COLOURS = ("#1b6ac9", "#c9491b", "#3a8f3a", "#7a3a9f")
+_COLOURS = ("#1b6ac9", "#c9491b", "#3a8f3a", "#7a3a9f", "#6b6b6b")
 
 Point = tuple[float, float]
 

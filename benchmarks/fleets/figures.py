@@ -34,6 +34,12 @@ def summary(ran: Ran, traffic: Traffic, warm: int, shape: FleetShape) -> dict[st
     }
 
 
+def first_uses_per_s(traffic: Traffic, warm: int) -> float:
+    """Adapters that are asked for for the first time, from number `warm` on: no policy and no memory saves these."""
+    before = set(traffic.adapter[:warm])
+    return len(set(traffic.adapter[warm:]) - before) / (traffic.at[-1] - traffic.at[warm])
+
+
 def after_loss(ran: Ran, traffic: Traffic, loss: Loss) -> dict[str, Any]:
     """Hits in the ten seconds before replicas were lost, in those after, and in those at the end; waits just after."""
     at = traffic.at[loss.before]

@@ -96,9 +96,9 @@ class Simulation:
 
     def _end_until(self, now: float) -> None:
         while self._ending and self._ending[0][0] <= now:
-            ends, chosen, number = heapq.heappop(self._ending)
+            _, chosen, number = heapq.heappop(self._ending)
             taken = self._replicas[chosen].under_way.get(number)
-            if taken is None or taken.ends != ends:
+            if taken is None:
                 continue  # its replica was lost
             del self._replicas[chosen].under_way[number]
             self._loads[chosen] -= 1

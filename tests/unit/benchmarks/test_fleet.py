@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import fleet
-from benchmarks.fleets.figures import moved_adapters, summary
+from benchmarks.fleets.figures import first_uses_per_s, moved_adapters, summary
 from benchmarks.fleets.policies import POLICIES, Fleet, Homes, adapter_key, bounded, replica_name, spill_when_full
 from benchmarks.fleets.replicas import Memory, Replica
 from benchmarks.fleets.simulation import FleetShape, Loss, Ran, Simulation
@@ -177,11 +178,24 @@ def test_beyond_capacity_requests_are_refused_and_places_are_full() -> None:
     assert figures["imbalance"] < 1.2
 
 
+def test_nobody_saves_first_uses() -> None:
+    traffic = Traffic(at=[0.0, 1.0, 2.0, 3.0, 4.0], adapter=[7, 8, 7, 9, 9], takes=[1.0] * 5)
+    assert first_uses_per_s(traffic, 2) == pytest.approx(1 / 2)
+    shape = replace(SHAPE, resident=SHAPE.adapters, queue=10_000)  # who refuses a request composes nothing
+    traffic = traffic_of(0.7)
+    least = first_uses_per_s(traffic, 1000)
+    for name in POLICIES:
+        figures = summary(run(name, traffic, shape), traffic, 1000, shape)
+        assert figures["refused"] == 0
+        assert figures["composes_per_s"] >= 0.999 * least
+    assert summary(run("home_only", traffic, shape), traffic, 1000, shape)["composes_per_s"] < 1.001 * least
+
+
 def test_the_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fleet.main(["--quick", "--plot", str(tmp_path)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["by_exponent"].keys() == {"0.9"}
-    assert report["by_exponent"]["0.9"].keys() == report["overload"].keys() == POLICIES.keys()
+    assert report["by_exponent"]["0.9"].keys() == report["overload"].keys() == {"first_uses_per_s", *POLICIES}
     assert report["loss"]["moved_adapters"]["moved"] == report["loss"]["moved_adapters"]["due"]
     assert report["decision_us"]["8"] > 0
     plot = ElementTree.parse(tmp_path / "fleet.svg")
