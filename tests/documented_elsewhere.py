@@ -29,6 +29,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "python -m benchmarks.blend": _MINUTES,
         "python -m benchmarks.startup": "tests/unit/benchmarks/test_startup.py: the same at tiny sizes",
         "python -m benchmarks.serving": "tests/unit/benchmarks/test_serving.py: the same at tiny sizes",
+        "python -m benchmarks.scale": "tests/heavy/test_scale_benchmark.py: the same at tiny sizes",
+        "python -m benchmarks.fleet": "tests/unit/benchmarks/test_fleet.py: the same at tiny sizes",
         "python -m benchmarks.soak": "tests/unit/benchmarks/test_soak.py: the same for seconds",
         "python -m benchmarks.kernels": _GPU,
         "python -m benchmarks.decode_graphs": _GPU,
