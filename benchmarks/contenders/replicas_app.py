@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext
+from unittest.mock import patch
 
 from service.cli import make_parser
 from service.cli.settings_flags import settings_of
@@ -23,9 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     settings = settings_of(make_parser().parse_args(["serve", *rest]))
     setup_logging(format=settings.log_format, level=settings.log_level, prompts=False)
-    if options.route == "random":
-        ingress.affinity_of = _a_new_key  # type: ignore[assignment]
-    with listening(settings.host, settings.port) as listener, Replicated(settings) as replicated:
+    by_chance = patch.object(ingress, "affinity_of", _a_new_key) if options.route == "random" else nullcontext()
+    with by_chance, listening(settings.host, settings.port) as listener, Replicated(settings) as replicated:
         serve_app(
             replicated.ingress,
             replicated.ingress.work,

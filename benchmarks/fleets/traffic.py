@@ -19,10 +19,14 @@ class Traffic:
         return len(self.at)
 
 
-def zipf_shares(adapters: int, exponent: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+Shares = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def zipf_shares(adapters: int, exponent: float) -> Shares:
     """What share of the requests each adapter has, the most used first; exponent 0: all the same."""
-    weights = np.arange(1, adapters + 1, dtype=np.float64) ** -exponent
-    return weights / weights.sum()
+    weights: Shares = np.arange(1, adapters + 1, dtype=np.float64) ** -exponent
+    weights /= weights.sum()
+    return weights
 
 
 def make_traffic(requests: int, adapters: int, exponent: float, per_second: float, mean_s: float, seed: int) -> Traffic:
