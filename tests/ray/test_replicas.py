@@ -208,21 +208,21 @@ def test_sigterm_lets_requests_end_and_ends_everything(tmp_path: Path) -> None:
         assert alive == []
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two replicas that take two requests each, and keys of two tenants."""
+    folder = tmp_path_factory.mktemp("small")
+    keys = folder / "keys"
+    keys.write_text("one tenant=one\ntwo tenant=two rate=5\n")
+    keys.chmod(0o600)
+    arguments = ("--max-batch-size", "1", "--max-queue", "1", "--api-key-file", str(keys))
+    with start(folder / "data", *arguments) as server:
+        server.http.headers["Authorization"] = "Bearer one"
+        assert server.upload("mine", ASSETS / "adapters" / ADAPTERS[0]).status_code == 201
+        yield server
+
+
 class TestFull:
-    """Two replicas that take two requests each, and keys."""
-
-    @pytest.fixture(scope="class")
-    def small(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        folder = tmp_path_factory.mktemp("small")
-        keys = folder / "keys"
-        keys.write_text("one tenant=one\ntwo tenant=two rate=5\n")
-        keys.chmod(0o600)
-        arguments = ("--max-batch-size", "1", "--max-queue", "1", "--api-key-file", str(keys))
-        with start(folder / "data", *arguments) as server:
-            server.http.headers["Authorization"] = "Bearer one"
-            assert server.upload("mine", ASSETS / "adapters" / ADAPTERS[0]).status_code == 201
-            yield server
-
     def send(self, small: Server, body: dict[str, Any]) -> tuple[int, float, httpx.Headers, Any]:
         began = time.monotonic()
         response = httpx.post(f"{small.url}/v1/generate", json=body, headers=small.http.headers, timeout=120)
