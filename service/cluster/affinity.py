@@ -28,7 +28,7 @@ def affinity_of(body: bytes, tenant: str, store: Store, settings: ApiSettings) -
     try:
         names = _names(json.loads(body), settings)
         return affinity_key(_digests(names, tenant, store, settings))
-    except (AdapterError, ValueError, TypeError, RecursionError):
+    except (AdapterError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
 

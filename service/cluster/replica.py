@@ -97,7 +97,7 @@ class _Exchange:
 
     async def _send(self, message: AsgiMessage) -> None:
         if self._leaving.is_set():
-            raise OSError("the client has gone")
+            return  # as servers do: that the client has gone is told by what is received
         if message["type"] == "http.response.start":
             await self._sent.put(Head(message["status"], [(bytes(k), bytes(v)) for k, v in message["headers"]]))
         elif message.get("body"):
