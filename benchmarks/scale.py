@@ -101,7 +101,7 @@ class _Bench:
 
     def _check(self, name: str, endpoint: Endpoint) -> None:
         """All give the same tokens, which are not the base's. It warms the contender, too."""
-        requests = self.loop("check")
+        requests = self.loop("check")[: self._sizes.clients]
         answered = tokens_of(closed_loop(endpoint.ask, requests, self._sizes.clients))
         base = tokens_of(closed_loop(endpoint.ask, on_base(requests), self._sizes.clients))
         if any(base[request] == tokens for request, tokens in answered.items()):
@@ -131,7 +131,7 @@ class _Bench:
 
     def _mixed(self, running: Running) -> dict[str, Any]:
         """All adapters, more than fit a memory, in an order by chance; a half as many go before, to fill memories."""
-        sizes = replace(self._sizes, output=self._sizes.mixed_output)
+        sizes = replace(self._sizes, prompt=self._sizes.mixed_prompt, output=self._sizes.mixed_output)
         for label, count in (("fill", sizes.mixed_requests // 2), ("mixed", sizes.mixed_requests)):
             chosen = random.Random(label).choices(self._chosen, k=count)
             before = running.counters()
@@ -261,7 +261,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="Measure replicas over Ray.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs, nothing more")
     parser.add_argument("--rounds", type=int, default=2, help="repetitions of the loop that medians are taken of (2)")
-    parser.add_argument("--requests", type=int, default=32, help="of a loop's round (32)")
+    parser.add_argument("--requests", type=int, default=24, help="of a loop's round (24)")
     parser.add_argument("--contenders", nargs="+", choices=KINDS, default=tuple(KINDS), help="which to run (all)")
     return parser.parse_args(arguments)
 

@@ -128,11 +128,12 @@ class ScaleSizes:
     few: int = 4
     resident: int = 17
     clients: int = 8
-    requests: int = 32
+    requests: int = 24
     prompt: tuple[int, int] = (16, 64)
     output: tuple[int, int] = (8, 32)
     lone_requests: int = 24  # one after the other, each of one token
     mixed_requests: int = 96  # over all adapters, by chance
+    mixed_prompt: tuple[int, int] = (8, 16)
     mixed_output: tuple[int, int] = (1, 4)
 
 
