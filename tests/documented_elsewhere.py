@@ -54,6 +54,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "kubectl": "tests/deploy/test_kubernetes.py: the manifests, by their schemas and against the image",
         "promtool": "tests/heavy/test_prometheus.py: Prometheus itself, where it is installed",
     },
+    "docs/scale-out.md": {
+        "pip install": _INSTALLS,
+        "export AWS_": "are nobody's credentials",
+        "vblora-serve serve": "tests/e2e/test_shared_store.py: servers on one store, in a directory and by S3",
+        "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",
+    },
     "docs/cli.md": {
         "vblora-serve demo": "serves on; tests/demo/test_adapters_generate_their_style.py: what it shows",
         "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",

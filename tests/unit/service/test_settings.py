@@ -150,12 +150,19 @@ class TestErrors:
             ("adapter_memory", "0", "--adapter-memory is '0'; expected a number of bytes such as 512MiB"),
             ("metrics_public", "maybe", "--metrics-public is 'maybe'; expected true or false"),
             ("dtype", "int4", "--dtype is 'int4'; expected one of auto, float32, bfloat16, float16"),
-            ("adapter", ["sql"], "--adapter is 'sql'; expected NAME=DIRECTORY or NAME=hf://org/repo"),
+            (
+                "adapter",
+                ["sql"],
+                "--adapter is 'sql'; expected NAME=DIRECTORY, NAME=hf://org/repo or NAME=s3://bucket/prefix",
+            ),
             (
                 "allow_source",
                 ["s3://x/*"],
                 "--allow-source is 's3://x/*'; expected a directory, hf://org/repo, hf://org/*",
             ),
+            ("store", "s3://x", "--store is 's3://x'; expected s3://bucket, s3://bucket/prefix or file:///directory"),
+            ("store", "file://x", "--store is 'file://x'; expected s3://bucket, s3://bucket/prefix or file:///"),
+            ("store_endpoint", "minio:9000", "--store-endpoint is 'minio:9000'; expected an address such as https://"),
             (
                 "allow_source",
                 ["hf://org"],
