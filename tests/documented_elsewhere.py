@@ -57,7 +57,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "docs/scale-out.md": {
         "pip install": _INSTALLS,
         "export AWS_": "are nobody's credentials",
+        "vblora-serve serve --model org/base --replicas": "tests/ray/test_replicas.py: two of them",
         "vblora-serve serve": "tests/e2e/test_shared_store.py: servers on one store, in a directory and by S3",
+        "export RAY_AUTH_MODE": "belongs to the next",
+        "ray ": "starts a Ray on this machine; tests/ray/test_serve_app.py has one of its own",
+        "serve ": "tests/ray/test_serve_app.py: the same application, deployed as this command does",
         "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",
     },
     "docs/cli.md": {
