@@ -46,12 +46,14 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
         ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" \
     || { echo "No torch for TORCH_VARIANT=$TORCH_VARIANT: see 'Where torch comes from' in docs/docker.md" >&2; exit 1; }
 
+# Of pyproject.toml's extras, those that the image is to have, with spaces between: "shared guided".
+ARG EXTRAS=
 COPY pyproject.toml constraints.tx[t] deploy/requirements.py /src/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.crt \
     cd /src \
-    && python3 requirements.py pyproject.toml > requirements.txt \
+    && python3 requirements.py pyproject.toml $EXTRAS > requirements.txt \
     && touch constraints.txt \
     && /opt/venv/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
         > torch.txt \

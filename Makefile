@@ -9,7 +9,7 @@ PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all check docs format clean
+.PHONY: help env demo test test-all check docs page format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-all: $(STAMP)  ## what make test leaves out: image builds and long soaks
 
 docs: $(STAMP)  ## the documentation as a site, in build/site
 	$(BIN)/mkdocs build --strict --quiet
+
+page: $(STAMP)  ## build the page that the server shows, from service/web into service/web/dist
+	$(BIN)/python -m tests.page_build
 
 format: $(STAMP)  ## put the code in its format
 	$(BIN)/ruff check --fix .

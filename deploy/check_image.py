@@ -219,6 +219,7 @@ def check_demo(container: Container) -> dict[str, object]:
         seen: dict[str, object] = {"ready_after_s": server.wait_until_ready()}
         seen |= server.identity()
         seen["healthz"], _ = server.ask("/healthz")
+        seen["page_status"], seen["page"] = server.ask("/")
         seen["healthcheck_status"] = container.run(container.image.healthcheck)
         _, text = server.ask("/v1/generate", PROMPT)
         seen |= {"prompt": PROMPT, "generated": json.loads(text)}

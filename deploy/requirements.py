@@ -1,4 +1,4 @@
-"""Prints what a pyproject.toml requires, one per line: `requirements.py FILE [--build]`.
+"""Prints what a pyproject.toml requires, one per line: `requirements.py FILE [--build | EXTRA…]`.
 
 The image installs the dependencies in a layer of their own, before the code is there for pip to ask.
 """
@@ -10,8 +10,13 @@ from pathlib import Path
 
 def main(path: str, *options: str) -> None:
     project = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    build = options == ("--build",)
-    print(*(project["build-system"]["requires"] if build else project["project"]["dependencies"]), sep="\n")
+    if options == ("--build",):
+        print(*project["build-system"]["requires"], sep="\n")
+        return
+    known = project["project"]["optional-dependencies"]
+    if unknown := [extra for extra in options if extra not in known]:
+        sys.exit(f"there is no extra {unknown[0]!r}: there are {', '.join(known)}")
+    print(*project["project"]["dependencies"], *(line for extra in options for line in known[extra]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry, AdapterState
 from adapters.store import SHARED, AdapterStore, Store
 from adapters.store.shared import SharedAdapterStore, open_objects
+from adapters.store.shared.s3 import SCHEME as S3_SCHEME
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
+from service.api.bucket_ids import BucketPattern
 from service.api.deps import ApiSettings, BaseInfo, PooledServing, ServerState
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
+from service.api.hub_ids import SCHEME as HUB_SCHEME
 from service.api.hub_ids import HubPattern, HubTemplate
 from service.api.keys import ApiKey, KeyFileError, KeyRing, load_key_file
 from service.api.registration import register_unless_known
@@ -154,7 +157,11 @@ def _register(registry: AdapterRegistry, adapter: AdapterSource, settings: Setti
     """Registers one adapter, unless the name has a version with these files: a rollback outlives a restart."""
     with registry.store.staging() as staged:
         source = fetch_own_source(
-            adapter.source, staged, max_bytes=settings.max_upload, timeout_s=settings.source_timeout_s
+            adapter.source,
+            staged,
+            max_bytes=settings.max_upload,
+            timeout_s=settings.source_timeout_s,
+            s3_endpoint=settings.store_endpoint,
         )
         digest = register_unless_known(registry, adapter.name, staged, source=source)
     status = registry.status(digest)
@@ -238,12 +245,18 @@ def _api_settings(settings: Settings, base: LoadedBase) -> ApiSettings:
         request_timeout_s=settings.request_timeout_s,
         default_max_tokens=settings.default_max_tokens,
         allow_source=tuple(source for source in settings.allow_source if isinstance(source, Path)),
-        allow_hub=tuple(HubPattern.parse(source) for source in settings.allow_source if isinstance(source, str)),
+        allow_hub=tuple(HubPattern.parse(source) for source in _urls(settings, HUB_SCHEME)),
+        allow_buckets=tuple(BucketPattern.parse(source) for source in _urls(settings, S3_SCHEME)),
+        s3_endpoint=settings.store_endpoint,
         source_timeout_s=settings.source_timeout_s,
         metrics_public=settings.metrics_public,
         cors_origins=settings.cors_origin,
         log_prompts=settings.log_prompts,
     )
+
+
+def _urls(settings: Settings, scheme: str) -> list[str]:
+    return [source for source in settings.allow_source if isinstance(source, str) and source.startswith(scheme)]
 
 
 def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:

@@ -17,7 +17,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "keep_versions",
     ),
     "several replicas": ("replicas",),
-    "a store that servers share": ("store", "store_endpoint", "store_cache", "store_refresh_s"),
+    "a store that servers share": ("store", "store_endpoint", "store_refresh_s", "store_cache"),
     "batches and memory": (
         "max_batch_size", "max_queue", "max_context", "kv_memory", "default_max_tokens", "prefill_tokens",
         "pooled_tokens", "prefix_cache", "auto_merge",

@@ -19,13 +19,14 @@ _DIRECTORY = "dir:"
 _HUB_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HUB_PATTERN = re.compile(rf"hf://(\*|{_HUB_WORD}/(\*|{_HUB_WORD}))")
 _HUB_TEMPLATE = re.compile(rf"hf://{_HUB_WORD}/[A-Za-z0-9._-]*\*[A-Za-z0-9._-]*")
+_BUCKET_PATTERN = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[A-Za-z0-9._=+@/-]*\*?")
 _STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._=-]+)*/?|file://(/[^/\0]+)+/?")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter to register at start: its name, and the directory or the repository of the Hub that holds it."""
+    """An adapter to register at start: its name, and the directory, repository or place in a bucket that holds it."""
 
     name: str
     source: str
@@ -112,10 +113,10 @@ def _boolean(text: str) -> bool:
 
 
 def _allowed_source(text: str) -> Path | str:
-    """A directory, or a pattern of repositories of the Hub."""
+    """A directory, or a pattern of repositories of the Hub or of places in a bucket."""
     if "://" not in text:
         return _path(text)
-    return _matching(_HUB_PATTERN, text)
+    return _matching(_BUCKET_PATTERN if text.startswith("s3://") else _HUB_PATTERN, text)
 
 
 def _name_source(text: str) -> Path | str:
@@ -169,10 +170,12 @@ ORIGIN = Kind("* or an origin such as https://example.com", _origin, "ORIGIN")
 STORE = Kind("s3://bucket, s3://bucket/prefix or file:///directory", _store, "URL")
 ENDPOINT = Kind("an address such as https://minio.example:9000", _endpoint, "URL")
 ADAPTER = Kind(
-    "NAME=DIRECTORY or NAME=hf://org/repo",
+    "NAME=DIRECTORY, NAME=hf://org/repo or NAME=s3://bucket/prefix",
     _adapter_source,
     "NAME=SOURCE",
     show=lambda adapter: f"{adapter.name}={adapter.source}",
 )
-ALLOWED_SOURCE = Kind("a directory, hf://org/repo, hf://org/* or hf://*", _allowed_source, "SOURCE")
+ALLOWED_SOURCE = Kind(
+    "a directory, hf://org/repo, hf://org/*, hf://* or s3://bucket/prefix*", _allowed_source, "SOURCE"
+)
 NAME_SOURCE = Kind("dir:DIRECTORY, hf://org/* or hf://org/prefix-*", _name_source, "SOURCE", show=_show_name_source)

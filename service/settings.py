@@ -192,12 +192,14 @@ class Settings:
         SECONDS, 300.0, "How long a generation may take, waiting included, and a client may take nothing of it."
     )
     drain_timeout_s: float = _setting(SECONDS, 30.0, "How long running requests may go on after SIGTERM.")
-    source_timeout_s: float = _setting(SECONDS, 60.0, "How long an adapter may take to arrive from the Hub.")
+    source_timeout_s: float = _setting(
+        SECONDS, 60.0, "How long an adapter may take to arrive from the Hub or a bucket."
+    )
     allow_source: tuple[Path | str, ...] = _setting(
         ALLOWED_SOURCE,
         (),
-        "A directory under which, or repositories of the Hub from which, adapters may be registered over HTTP: "
-        "`/adapters`, `hf://org/repo`, `hf://org/*`, `hf://*`.",
+        "A directory under which, or repositories of the Hub or places in a bucket from which, adapters may be "
+        "registered over HTTP: `/adapters`, `hf://org/repo`, `hf://org/*`, `hf://*`, `s3://bucket/prefix*`.",
     )
     resolve: tuple[Path | str, ...] = _setting(
         NAME_SOURCE,

@@ -56,6 +56,16 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "kubectl": "tests/deploy/test_kubernetes.py: the manifests, by their schemas and against the image",
         "promtool": "tests/heavy/test_prometheus.py: Prometheus itself, where it is installed",
     },
+    "docs/scale-out.md": {
+        "pip install": _INSTALLS,
+        "export AWS_": "are nobody's credentials",
+        "vblora-serve serve --model org/base --replicas": "tests/ray/test_replicas.py: two of them",
+        "vblora-serve serve": "tests/e2e/test_shared_store.py: servers on one store, in a directory and by S3",
+        "export RAY_AUTH_MODE": "belongs to the next",
+        "ray ": "starts a Ray on this machine; tests/ray/test_serve_app.py has one of its own",
+        "serve ": "tests/ray/test_serve_app.py: the same application, deployed as this command does",
+        "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",
+    },
     "docs/cli.md": {
         "vblora-serve demo": "serves on; tests/demo/test_adapters_generate_their_style.py: what it shows",
         "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",

@@ -20,11 +20,10 @@ from typing import Any
 
 from service.cli import make_parser
 from service.cli.settings_flags import settings_of
-from service.demo.run import ASSETS
 from tests.documented import VOLATILE, Command, commands_in, differences, shown
 from tests.documented_blocks import SERVES, Block, blocks_of, elsewhere, own_server
 from tests.documented_elsewhere import PRELUDES
-from tests.server import ROOT, Server
+from tests.server import ASSETS, ROOT, Server, demo_server
 
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 TRAINS = {"docs/train.md"}  # its adapter is trained as the page runs, and never twice to the same bytes
@@ -88,13 +87,6 @@ class Run:
         return text if self.server is None else text.replace(DOCUMENTED_URL, self.server.url)
 
 
-def demo_server(folder: Path, data_dir: Path) -> Server:
-    """The demo's base model with the demo's adapters registered, as the pages assume. It may read those in `folder`."""
-    adapters = [f"--adapter={path.name}={path}" for path in sorted((ASSETS / "adapters").iterdir())]
-    base = ("--model", str(ASSETS / "base"), "--served-model-name", "vblora-demo-base")
-    return Server("serve", *base, *adapters, "--allow-source", str(folder), data_dir=data_dir)
-
-
 def workplace(folder: Path, data: Path) -> Path:
     """The working directory of the commands: adapters, a base, and the server's data by the names that pages use."""
     (folder / "DATA_DIR").symlink_to(data)
@@ -118,7 +110,11 @@ def opened(page: str, place: Path) -> Iterator[Run]:
         server = None
         if any(DOCUMENTED_URL in command for block in blocks_of(page) for command in block.runs()):
             start = own_server(page)
-            fresh = demo_server(folder, place / "data") if start is None else Server(*start, data_dir=place / "data")
+            fresh = (
+                demo_server(place / "data", "--allow-source", str(folder))
+                if start is None
+                else Server(*start, data_dir=place / "data")
+            )
             server = stack.enter_context(fresh)
         yield Run(page, workplace(folder, place / "data"), server)
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "service" / "demo" / "assets"
 STARTUP_S = 120
 
 
@@ -102,6 +103,13 @@ class Server:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+
+def demo_server(data_dir: Path, *options: str) -> Server:
+    """The demo's base model with the demo's adapters registered, and more options if given."""
+    adapters = [f"--adapter={path.name}={path}" for path in sorted((ASSETS / "adapters").iterdir())]
+    base = ("--model", str(ASSETS / "base"), "--served-model-name", "vblora-demo-base")
+    return Server("serve", *base, *adapters, *options, data_dir=data_dir)
 
 
 def parts(adapter: Path) -> dict[str, tuple[str, bytes]]:

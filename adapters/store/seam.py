@@ -31,6 +31,11 @@ class Store(Protocol):
         ...
 
     @property
+    def url(self) -> str | None:
+        """Where a shared store is; None where there is none."""
+        ...
+
+    @property
     def checked_at_start(self) -> bool:
         """Whether all files are here, to be read at start; else each adapter is checked when it is first used."""
         ...

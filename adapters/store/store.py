@@ -42,6 +42,7 @@ class AdapterStore:
     """
 
     checked_at_start = True
+    url: str | None = None
 
     def __init__(self, data_dir: Path, *, keep_versions: int = 5, reserved: Collection[str] = frozenset()) -> None:
         """Open the store, creating or upgrading it, and sweep up what a killed process left.

@@ -14,6 +14,7 @@ from adapters.registry import AdapterRegistry
 from adapters.store import SHARED, Store
 from adapters.targets import BaseModules
 from service.api.activity import Activity
+from service.api.bucket_ids import BucketPattern
 from service.api.errors import ApiError
 from service.api.guidance import Guidance
 from service.api.hub_ids import HubPattern
@@ -41,9 +42,9 @@ class ApiSettings:
     `base_names` are the names that mean the base model, `served_model_name` among them. `max_upload_bytes` bounds the
     body of an upload, `max_body_bytes` every other body; the timeouts beside them are for receiving it whole.
     `request_timeout_s` bounds generation; a request may ask for less. `default_max_tokens` bounds the answers of chats
-    that name no bound. Adapters may be read from the directories in `allow_source` and the repositories that
-    `allow_hub` covers, within `source_timeout_s` from the Hub. With `log_prompts` the access log gets
-    prompts and outputs.
+    that name no bound. Adapters may be read from the directories in `allow_source`, the repositories that
+    `allow_hub` covers and the places in buckets, at `s3_endpoint` if not Amazon's, that `allow_buckets` covers; from
+    either within `source_timeout_s`. With `log_prompts` the access log gets prompts and outputs.
     """
 
     served_model_name: str
@@ -56,6 +57,8 @@ class ApiSettings:
     default_max_tokens: int = 1024
     allow_source: tuple[Path, ...] = ()
     allow_hub: tuple[HubPattern, ...] = ()
+    allow_buckets: tuple[BucketPattern, ...] = ()
+    s3_endpoint: str | None = None
     source_timeout_s: float = 60.0
     metrics_public: bool = False
     cors_origins: tuple[str, ...] = ()

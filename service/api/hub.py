@@ -31,6 +31,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from adapters.config import CONFIG_FILE
 from service.api.adapter_files import ADAPTER_FILES, MAX_OPTIONAL_BYTES, OPTIONAL_FILES
+from service.api.deadline import Deadline
 from service.api.errors import ApiError
 from service.api.hub_ids import HubRepo
 from service.api.source_errors import SourceNotFound, bad_source, too_large
@@ -49,7 +50,7 @@ def fetch_from_hub(
     Raises SourceNotFound, or ApiError: `forbidden` for a gated repository, `payload_too_large`, `request_timeout`,
     `adapter_unavailable` if the Hub cannot be reached, else `invalid_request`.
     """
-    deadline = _Deadline(timeout_s, clock)
+    deadline = Deadline(timeout_s, clock)
     _speak_https_only(get_session())
     with _hub_errors(repo, deadline):
         commit, sizes = _resolve(repo, deadline)
@@ -77,27 +78,7 @@ def _speak_https_only(session: Any) -> None:
         session.event_hooks = {**hooks, "request": [*hooks["request"], _refuse_plain]}
 
 
-class _Deadline:
-    """The end of a whole fetch, however many requests it takes."""
-
-    def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
-        self.timeout_s = timeout_s
-        self._clock = clock
-        self._end = clock() + timeout_s
-
-    @property
-    def passed(self) -> bool:
-        return self._clock() >= self._end
-
-    def remaining(self) -> float:
-        """Seconds, above 0. Raises TimeoutError."""
-        remaining = self._end - self._clock()
-        if remaining <= 0:
-            raise TimeoutError
-        return remaining
-
-
-def _resolve(repo: HubRepo, deadline: _Deadline) -> tuple[str, dict[str, int]]:
+def _resolve(repo: HubRepo, deadline: Deadline) -> tuple[str, dict[str, int]]:
     """The commit of the revision, and the sizes there of the adapter's files, in our order."""
     info = HfApi().model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=deadline.remaining())
     if info.id != repo.id:
@@ -125,7 +106,7 @@ def _check_sizes(repo: HubRepo, sizes: Mapping[str, int], max_bytes: int) -> Non
         raise too_large(f"the adapter in {repo}", sum(sizes.values()), "--max-upload allows for an adapter")
 
 
-def _download(repo: HubRepo, name: str, size: int, target: Path, deadline: _Deadline) -> None:
+def _download(repo: HubRepo, name: str, size: int, target: Path, deadline: Deadline) -> None:
     # Asked for as it is, and read undecoded: what is counted is what was announced.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     url = hf_hub_url(repo.id, name, revision=repo.revision)
@@ -145,7 +126,7 @@ def _download(repo: HubRepo, name: str, size: int, target: Path, deadline: _Dead
 
 
 @contextmanager
-def _hub_errors(repo: HubRepo, deadline: _Deadline) -> Iterator[None]:
+def _hub_errors(repo: HubRepo, deadline: Deadline) -> Iterator[None]:
     """Inside, what the client raises becomes an ApiError. A connection that fails when time is up has timed out."""
     try:
         yield

@@ -240,11 +240,11 @@ def test_nothing_else_is_a_source(
     server.assert_nothing_left()
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/key", "https://example.com/x"])
+@pytest.mark.parametrize("source", ["gs://bucket/key", "https://example.com/x"])
 def test_other_remote_sources_are_not_supported(server: Server, source: str) -> None:
     error = error_of(load(server, source), 400, "invalid_request")
     assert error["param"] == "source"
-    assert "not supported: give hf://org/repo" in error["message"]
+    assert "not supported: give hf://org/repo or s3://bucket/prefix" in error["message"]
 
 
 def test_code_that_comes_along_is_neither_taken_nor_run(

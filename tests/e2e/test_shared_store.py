@@ -107,8 +107,8 @@ def test_the_storage_goes_and_comes_back(folder: Path, tmp_path: Path) -> None:
         assert "mount its directory again" in refused.json()["error"]["message"]
         assert metric(server, "vblora_store_errors_total") > 1
         os.rename(away, objects)
-        assert server.upload("more", folder / "style").status_code == 201
         until(lambda: metric(server, "vblora_store_refresh_age_seconds") < 0.5)
+        assert server.upload("more", folder / "style").status_code == 201
 
 
 def metric(server: Server, name: str) -> float:

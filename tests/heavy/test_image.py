@@ -54,6 +54,11 @@ def test_generates_with_a_read_only_root_and_no_network(demo):
     assert 1 <= generated["usage"]["completion_tokens"] <= demo["prompt"]["max_new_tokens"]
 
 
+def test_the_page_came_with_the_package(demo):
+    assert demo["page_status"] == 200
+    assert demo["page"] == (REPOSITORY / "service" / "web" / "dist" / "index.html").read_text(encoding="utf-8")
+
+
 def test_is_healthy_while_it_runs_and_not_after(demo):
     assert demo["healthz"] == 200
     assert demo["healthcheck_status"] == 0

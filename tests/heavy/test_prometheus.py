@@ -15,8 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import ALERT_TESTS, ALERTS, SCRAPES, dashboard_expressions, read, rules
-from tests.documented import demo_server
-from tests.server import Server, free_port
+from tests.server import Server, demo_server, free_port
 
 pytestmark = pytest.mark.heavy
 

@@ -158,6 +158,20 @@ class TestScripts:
         project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
         assert printed == project["project"]["dependencies"]
 
+    def test_requirements_of_extras_come_behind(self):
+        argv = [sys.executable, str(DEPLOY / "requirements.py"), str(REPOSITORY / "pyproject.toml")]
+        printed = subprocess.run([*argv, "shared", "guided"], check=True, capture_output=True, text=True).stdout
+        project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = project["optional-dependencies"]
+        assert printed.splitlines() == [*project["dependencies"], *extras["shared"], *extras["guided"]]
+
+    def test_an_extra_that_is_none_is_named(self):
+        argv = [sys.executable, str(DEPLOY / "requirements.py"), str(REPOSITORY / "pyproject.toml"), "sharde"]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "'sharde'" in done.stderr
+        assert not done.stdout
+
     def test_build_image_explains_itself(self):
         done = subprocess.run([DEPLOY / "build-image", "--help"], capture_output=True, text=True)
         assert done.returncode == 0

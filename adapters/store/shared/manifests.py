@@ -11,7 +11,6 @@ import random
 import secrets
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -57,7 +56,7 @@ class Manifests:
         self._write_timeout_s = write_timeout_s
         self._known: dict[str, _Known] = {}
         # Around each look at a manifest in the store and what is made of it: what is known never goes back in time.
-        self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._locks: dict[str, threading.RLock] = {}
 
     def of(self, tenant: str) -> Manifest:
         """As it is known here."""
@@ -95,7 +94,7 @@ class Manifests:
 
     def latest(self, tenant: str) -> Manifest:
         """The manifest as it is in the store now. Raises StoreError."""
-        with self._locks[tenant]:
+        with self._lock_of(tenant):
             return self._read(tenant).manifest
 
     def change(self, tenant: str, change: Callable[[Manifest], Changed[T]]) -> T:
@@ -103,8 +102,11 @@ class Manifests:
 
         Raises StoreUnavailable, too: before anything was written, or when it cannot be found out what has become of it.
         """
-        with self._locks[tenant]:
+        with self._lock_of(tenant):
             return self._change(tenant, change, secrets.token_hex(8))
+
+    def _lock_of(self, tenant: str) -> threading.RLock:
+        return self._locks.setdefault(tenant, threading.RLock())
 
     def _change(self, tenant: str, change: Callable[[Manifest], Changed[T]], write: str) -> T:
         """An attempt that got no answer and one after it have the same `write`: if either is in, the change is."""

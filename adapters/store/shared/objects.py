@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from adapters.errors import StoreError
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -32,6 +34,10 @@ class Content:
 
 class Conflict(Exception):
     """A conditional put whose condition does not hold any more."""
+
+
+class AccessRefused(StoreError):
+    """The storage does not let these credentials do that."""
 
 
 class ObjectMissing(Exception):

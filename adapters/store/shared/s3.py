@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import StoreError, StoreUnavailable
-from adapters.store.shared.objects import Conflict, Content, ObjectInfo, ObjectMissing
+from adapters.store.shared.objects import AccessRefused, Conflict, Content, ObjectInfo, ObjectMissing
 
 SCHEME = "s3://"
-REQUEST_TIMEOUT_S = 30.0
+REQUEST_TIMEOUT_S = 10.0
+FILE_TIMEOUT_S = 120.0  # of one request for a file, or a part of one
 _CONNECT_TIMEOUT_S = 3.0
 _RETRIES = 2
 _CHUNK = 1 << 20
@@ -33,6 +34,7 @@ class S3Objects:
         *,
         endpoint: str | None = None,
         timeout_s: float = REQUEST_TIMEOUT_S,
+        file_timeout_s: float = FILE_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`url` is s3://bucket/prefix. Asks for nothing yet. Raises StoreError if obstore is not installed."""
@@ -53,24 +55,20 @@ class S3Objects:
             options["virtual_hosted_style_request"] = False
         if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
             options["region"] = "us-east-1"
-        self._store: Any = S3Store(
-            bucket,
-            prefix=prefix or None,
-            client_options={
-                "timeout": timedelta(seconds=timeout_s),
-                "connect_timeout": timedelta(seconds=min(timeout_s, _CONNECT_TIMEOUT_S)),
-                "allow_http": endpoint is not None and endpoint.startswith("http://"),
-            },
-            retry_config={
-                "max_retries": _RETRIES,
-                "retry_timeout": timedelta(seconds=timeout_s),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=1),
-                    "base": 2,
+        plain = endpoint is not None and endpoint.startswith("http://")
+        self._store, self._files = (
+            S3Store(
+                bucket,
+                prefix=prefix or None,
+                client_options={
+                    "timeout": timedelta(seconds=seconds),
+                    "connect_timeout": timedelta(seconds=min(seconds, _CONNECT_TIMEOUT_S)),
+                    "allow_http": plain,
                 },
-            },
-            **options,
+                retry_config=_retrying_for(seconds),
+                **options,
+            )
+            for seconds in (timeout_s, file_timeout_s)
         )
 
     def get(self, key: str, *, unless: str | None = None) -> Content | None:
@@ -91,14 +89,14 @@ class S3Objects:
 
     def put_file(self, key: str, path: Path) -> None:
         with self._errors(key):
-            self._obstore.put(self._store, key, path, mode="overwrite")
+            self._obstore.put(self._files, key, path, mode="overwrite")
 
     def get_file(self, key: str, path: Path, size: int, *, timeout_s: float | None = None) -> None:
         """Raises TimeoutError, too, when `timeout_s` is given and over."""
         end = None if timeout_s is None else self._clock() + timeout_s
         received = 0
         with self._errors(key), open(path, "xb") as file:
-            for chunk in self._obstore.get(self._store, key).stream(min_chunk_size=_CHUNK):
+            for chunk in self._obstore.get(self._files, key).stream(min_chunk_size=_CHUNK):
                 received += len(chunk)
                 if received > size:
                     break
@@ -107,6 +105,11 @@ class S3Objects:
                     raise TimeoutError
         if received != size:
             raise StoreError(f"{key} in {self.url} is not of the {size:,} bytes that were announced", subject=key)
+
+    def size(self, key: str) -> int:
+        """An object's bytes. Raises ObjectMissing."""
+        with self._errors(key):
+            return int(self._obstore.head(self._store, key)["size"])
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         with self._errors(prefix):
@@ -150,10 +153,16 @@ class S3Objects:
         return StoreError(f"{self.url}: there is no such bucket; create it, or correct --store or --store-endpoint")
 
     def _refused(self) -> StoreError:
-        return StoreError(
+        return AccessRefused(
             f"{self.url} refuses the server's credentials: give it AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a "
             "role) that may list, read, write and delete there"
         )
+
+
+def _retrying_for(seconds: float) -> dict[str, Any]:
+    """With pauses that the client makes differ."""
+    pauses = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2}
+    return {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=seconds), "backoff": pauses}
 
 
 def _etag(meta: Any) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterNotFound, StoreError
+from adapters.errors import AdapterNotFound, StoreError, StoreUnavailable
 from adapters.store import files
 from adapters.store.names import check_name, is_name
 from adapters.store.outcomes import check_keep, check_mode, check_page, exists, files_gone, not_found
@@ -64,11 +64,12 @@ class SharedAdapterStore:
         `data_dir` is for copies of files: several processes of one machine may have the same.
         """
         check_keep(keep_versions)
-        self.url = objects.url
+        self.url: str | None = objects.url
         self._keep_versions = keep_versions
         self._reserved = frozenset(reserved)
         self._clock = clock
         self._errors = 0
+        self._away: str | None = None  # what the last refresh said, if it failed
         self._listeners: list[Listener] = []
         data_dir = data_dir.absolute()
         self.directories = tuple(data_dir / name for name in PRIVATE_DIRECTORIES)
@@ -100,9 +101,11 @@ class SharedAdapterStore:
         """See what others have changed so far, now. Raises StoreError."""
         try:
             self._manifests.refresh()
-        except StoreError:
+        except StoreError as error:
             self._errors += 1
+            self._away = error.message if isinstance(error, StoreUnavailable) else None
             raise
+        self._away = None
         self._refreshed_at = self._clock()
 
     def health(self) -> StoreHealth:
@@ -132,7 +135,7 @@ class SharedAdapterStore:
             files.make_private(staged)
             digest, file_bytes = files.digest_of(staged), files.size_of(staged)
         version = AdapterVersion(digest, time.time(), file_bytes, json.loads(json.dumps(dict(info), allow_nan=False)))
-        with self._counting_errors():
+        with self._asking():
             if not replace and (entry := self._manifests.latest(tenant).adapters.get(name)) is not None:
                 raise exists(entry.record, digest)  # before anything is sent
             self._blobs.put(digest, staged)
@@ -175,11 +178,11 @@ class SharedAdapterStore:
 
     def delete(self, tenant: str, name: str) -> AdapterRecord:
         """The files stay in the store until `doctor` collects them; here they go at once."""
-        with self._counting_errors():
+        with self._asking():
             return self._manifests.change(tenant, partial(changes.deleted, name=_checked(name)))
 
     def rollback(self, tenant: str, name: str, digest_prefix: str) -> AdapterRecord:
-        with self._counting_errors():
+        with self._asking():
             record = changes.find(self._manifests.latest(tenant), _checked(name)).record
             digest = record.version(digest_prefix).digest
             if not self._blobs.files(digest):
@@ -189,12 +192,12 @@ class SharedAdapterStore:
 
     def activate(self, tenant: str, name: str, mode: str) -> Activation:
         check_mode(mode)
-        with self._counting_errors():
+        with self._asking():
             activate = partial(changes.activated, name=_checked(name), mode=mode, shared=self._latest_shared(tenant))
             return self._manifests.change(tenant, activate)
 
     def reactivate(self, activation: Activation) -> None:
-        with self._counting_errors():
+        with self._asking():
             shared = self._latest_shared(activation.tenant)
             self._manifests.change(
                 activation.tenant, partial(changes.reactivated, activation=activation, shared=shared)
@@ -203,7 +206,7 @@ class SharedAdapterStore:
     def deactivate(self, tenant: str, name: str) -> bool:
         if not is_name(name):
             return False
-        with self._counting_errors():
+        with self._asking():
             self._latest_shared(tenant)
             was_active = self._active_in(self._manifests.latest(tenant)) is not None
             return self._manifests.change(tenant, partial(changes.deactivated, name=name)) and was_active
@@ -225,13 +228,13 @@ class SharedAdapterStore:
         return self._cache.path(digest)
 
     def fetch(self, digest: str) -> Path:
-        with self._counting_errors(), self._cache.reading(digest, partial(self._bring, digest), verify=False) as path:
+        with self._counted(), self._cache.reading(digest, partial(self._bring, digest), verify=False) as path:
             return path
 
     @contextmanager
     def reading(self, digest: str) -> Iterator[Path]:
         reading = self._cache.reading(digest, partial(self._bring, digest))
-        with self._counting_errors():
+        with self._counted():
             path = reading.__enter__()
         try:
             yield path
@@ -248,6 +251,7 @@ class SharedAdapterStore:
         """Raises AdapterNotFound for files that no version known here has: nobody gets a deleted adapter's."""
         if not self._manifests.refers_to(digest):
             raise AdapterNotFound("the adapter was deleted", subject=digest)
+        self._refuse_while_away()
         self._blobs.bring(digest, directory)
 
     def _keep_files(self, digest: str, staged: Path) -> None:
@@ -255,6 +259,10 @@ class SharedAdapterStore:
         if not self._blobs.has(digest, staged):
             log.warning("the files of %s were collected while they were published; storing them again", digest)
             self._blobs.put(digest, staged)
+
+    def _refuse_while_away(self) -> None:
+        if self._away is not None:
+            raise StoreUnavailable(self._away)
 
     def _latest_shared(self, tenant: str) -> Manifest:
         return self._manifests.latest(SHARED) if tenant != SHARED else self._manifests.of(SHARED)
@@ -295,7 +303,14 @@ class SharedAdapterStore:
                 told = False
 
     @contextmanager
-    def _counting_errors(self) -> Iterator[None]:
+    def _asking(self) -> Iterator[None]:
+        """Around changes. Refused at once while refreshing fails: others would miss the threads that waited."""
+        with self._counted():
+            self._refuse_while_away()
+            yield
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         try:
             yield
         except StoreError as error:

@@ -23,7 +23,9 @@ class SourceUpload(RequestModel):
     """An adapter that the server fetches itself: from its own disk, or from the Hub."""
 
     name: Text
-    source: Text = Field(description="An absolute directory, or hf://org/repo[@revision], that --allow-source allows")
+    source: Text = Field(
+        description="An absolute directory, hf://org/repo[@revision] or s3://bucket/prefix, that --allow-source allows"
+    )
     activate: Annotated[bool | Literal["switch", "merge"], BeforeValidator(_activate)] = False
 
     @property

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,11 +20,12 @@ import pytest
 import adapters
 from adapters.errors import AdapterExists, AdapterNotFound, StoreCorrupt, StoreError, StoreUnavailable
 from adapters.store import Activation, digest_of
-from adapters.store.shared import SharedAdapterStore
+from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared import manifests as manifests_module
 from adapters.store.shared.keys import blob_prefix, decode, encode, file_of, manifest_key, tenant_of
-from adapters.store.shared.objects import ObjectMissing, ObjectStore
-from tests.unit.adapters.shared_support import Faulty, shared, until
+from adapters.store.shared.local import LocalObjects
+from adapters.store.shared.objects import AccessRefused, Conflict, ObjectMissing, ObjectStore
+from tests.unit.adapters.shared_support import BUCKET, CREDENTIALS, Faulty, shared, until
 from tests.unit.adapters.store_support import SHARED, publish
 
 ROOT = Path(adapters.__file__).parents[1]
@@ -171,8 +176,6 @@ class TestWriters:
             subprocess.Popen([*program, str(tmp_path / f"data-{each}"), each, "25"], cwd=ROOT) for each in ("a", "b")
         ]
         assert [process.wait(120) for process in running] == [0, 0]
-        from adapters.store.shared import open_objects
-
         store = shared(open_objects(url), tmp_path / "data")
         assert [name for name, _ in store.names(SHARED)] == sorted(f"{each}-{n}" for each in "ab" for n in range(25))
         assert store._manifests.of(SHARED).generation == 2 * 25 * 3
@@ -289,10 +292,35 @@ class TestDownAndBack:
         with pytest.raises(StoreUnavailable):
             store.delete(SHARED, "sql")
         assert store.count(SHARED) == 2
+        age = store.health().refresh_age_s
         faulty.before = lambda call, key: None
+        until(lambda: store.health().refresh_age_s < age)
         assert digest_of(store.fetch(elsewhere.digest)) == elsewhere.digest
         publish(store, "more")
-        until(lambda: store.health().refresh_age_s < 0.5)
+
+    def test_nobody_waits_for_a_store_that_is_known_to_be_away(self, replica: Opener, objects: ObjectStore) -> None:
+        faulty = Faulty(objects)
+        store = replica(faulty)
+        digest = publish(replica(), "sql").digest
+        store.refresh()
+        faulty.before = always(StoreUnavailable("down"))
+        with pytest.raises(StoreUnavailable):
+            store.refresh()
+        faulty.calls.clear()
+        for attempt in (
+            lambda: void(publish(store, "style")),
+            lambda: void(store.delete(SHARED, "sql")),
+            lambda: void(store.activate(SHARED, "sql", "switch")),
+            lambda: void(store.deactivate(SHARED, "sql")),
+            lambda: void(store.rollback(SHARED, "sql", digest)),
+            lambda: void(store.fetch(digest)),
+        ):
+            with pytest.raises(StoreUnavailable, match="down"):
+                attempt()
+        assert faulty.calls == []
+        faulty.before = lambda call, key: None
+        store.refresh()
+        assert digest_of(store.fetch(digest)) == digest
 
     def test_a_store_that_does_not_answer_is_not_opened(self, replica: Opener, objects: ObjectStore) -> None:
         faulty = Faulty(objects)
@@ -341,6 +369,16 @@ class TestFiles:
         with ThreadPoolExecutor(8) as threads:
             assert len(set(threads.map(lambda _: store.fetch(digest), range(8)))) == 1
         assert [call for call, _ in seen.calls].count("get_file") == 2
+
+    def test_where_files_are_is_nobodys_to_read_but_by_name(self, replica: Opener, objects: ObjectStore) -> None:
+        """What `--allow-source` never covers: the copies, what is staged, and a directory that holds the store."""
+        store = replica()
+        digest = publish(store, "sql").digest
+        private = [store.fetch(digest), store._cache.tmp]
+        if isinstance(objects, LocalObjects):
+            private += [path for path in objects.root.rglob("*") if path.is_file()]
+            assert len(private) > 4
+        assert all(any(path.is_relative_to(each) for each in store.directories) for path in private)
 
     def test_damaged_in_the_store(self, replica: Opener, objects: ObjectStore, tmp_path: Path) -> None:
         one = replica()
@@ -425,8 +463,6 @@ class TestObjects:
     """What both kinds of storage promise."""
 
     def test_create_replace_and_their_conditions(self, objects: ObjectStore) -> None:
-        from adapters.store.shared.objects import Conflict
-
         first = objects.put("tenants/x.json", b"1", over=None)
         for over in (None, "another"):
             with pytest.raises(Conflict):
@@ -464,13 +500,82 @@ class TestObjects:
         assert list(objects.list("blobs")) == []
 
     def test_a_directory_that_is_unmounted_is_not_an_empty_one(self, tmp_path: Path) -> None:
-        from adapters.store.shared import open_objects
-
         objects = open_objects(f"file://{tmp_path}/objects")
         shutil.rmtree(tmp_path / "objects")
         for attempt in (lambda: list(objects.list("tenants")), lambda: objects.get("tenants/x.json")):
             with pytest.raises(StoreUnavailable, match="mount"):
                 attempt()
+
+
+class TestS3:
+    """What is said when it cannot be used. Of credentials the server of these tests takes any."""
+
+    @pytest.fixture(autouse=True)
+    def credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+
+    def test_no_bucket(self, s3_endpoint: Callable[[], str], tmp_path: Path) -> None:
+        objects = open_objects("s3://nowhere-at-all/x", s3_endpoint())
+        with pytest.raises(StoreError, match="no such bucket; create it"):
+            shared(objects, tmp_path / "data")
+        (tmp_path / "file").write_bytes(b"")
+        for attempt in (
+            lambda: void(objects.get("x")),
+            lambda: void(objects.put("x", b"", over=None)),
+            lambda: void(objects.put("x", b"", over="etag")),
+            lambda: objects.put_file("x", tmp_path / "file"),
+        ):
+            with pytest.raises(StoreError, match="no such bucket"):
+                attempt()
+
+    def test_nobody_there(self, tmp_path: Path) -> None:
+        with pytest.raises(StoreUnavailable, match="does not answer"):
+            shared(open_objects(f"s3://{BUCKET}", "http://127.0.0.1:9"), tmp_path / "data")
+
+    @pytest.mark.parametrize("status", [403, 401])
+    def test_refused(self, status: int, tmp_path: Path) -> None:
+        class Refusing(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_PUT = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            objects = open_objects(f"s3://{BUCKET}", f"http://127.0.0.1:{server.server_port}")
+            for attempt in (
+                lambda: void(shared(objects, tmp_path / "data")),
+                lambda: void(objects.get("x")),
+                lambda: void(objects.put("x", b"", over=None)),
+            ):
+                with pytest.raises(AccessRefused, match="AWS_ACCESS_KEY_ID"):
+                    attempt()
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def test_a_server_that_hangs_is_given_up(self, tmp_path: Path) -> None:
+        from adapters.store.shared.s3 import S3Objects
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            objects = S3Objects(f"s3://{BUCKET}", endpoint=endpoint, timeout_s=0.3, file_timeout_s=0.3)
+            began = time.monotonic()
+            for attempt in (lambda: void(objects.get("x")), lambda: objects.get_file("x", tmp_path / "x", 1)):
+                with pytest.raises(StoreUnavailable):
+                    attempt()
+            assert time.monotonic() - began < 8
+
+    def test_without_obstore(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "obstore", None)
+        with pytest.raises(StoreError, match=r"pip install 'vblora-serve\[shared\]'"):
+            open_objects(f"s3://{BUCKET}")
 
 
 class TestKeys:

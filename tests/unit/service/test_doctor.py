@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from adapters.store import AdapterStore
+from adapters.store.shared import open_objects
 from service.cli import main
 from tests.factories import save_model, tiny_model
+from tests.unit.adapters.shared_support import CREDENTIALS, shared
 from tests.unit.adapters.store_support import flip_a_bit, publish
 
 WEIGHTS = "adapter_model.safetensors"
@@ -124,3 +126,53 @@ def test_a_server_does_not_start_on_a_damaged_database_and_says_what_to_do(
     assert main(command.split()[1:]) == 0, "which is done as it says"
     with closing(AdapterStore(data_dir)) as store:
         assert store.count("") == 2
+
+
+class TestSharedStore:
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        """A shared store with one adapter, and the files of another that was deleted."""
+        url = f"file://{tmp_path}/objects"
+        with closing(shared(open_objects(url), tmp_path / "data")) as store:
+            publish(store, "sql", b"1")
+            publish(store, "style", b"2")
+            store.delete("", "style")
+        return url
+
+    def run(self, capsys: pytest.CaptureFixture[str], url: str, *words: str) -> tuple[int, Any]:
+        code = main(["doctor", "--store", url, "--json", *words])
+        return code, json.loads(capsys.readouterr().out)
+
+    def test_it_needs_no_torch(self, url: str) -> None:
+        script = "import sys; from service.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", script, "doctor", "--store", url], check=True, capture_output=True)
+
+    def test_what_was_deleted_lately_is_left_alone(self, capsys: pytest.CaptureFixture[str], url: str) -> None:
+        assert self.run(capsys, url, "--repair") == (
+            0, {"healthy": True, "adapters": 1, "versions": 1, "files": 2, "findings": []},
+        )  # fmt: skip
+
+    def test_what_was_deleted_is_collected(self, capsys: pytest.CaptureFixture[str], url: str, tmp_path: Path) -> None:
+        for path in (tmp_path / "objects" / "blobs").rglob("*"):
+            if path.is_file():
+                os.utime(path, (0, 0))
+        code, report = self.run(capsys, url)
+        assert (code, [finding["problem"] for finding in report["findings"]]) == (1, ["unreferenced_files"])
+        code, report = self.run(capsys, url, "--repair")
+        assert (code, report["files"], report["findings"][0]["repaired"]) == (0, 1, True)
+        assert self.run(capsys, url)[0] == 0
+
+    def test_a_store_that_is_not_there(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        assert main(["doctor", "--store", "s3://bucket", "--store-endpoint", "http://127.0.0.1:9"]) == 1
+        assert "does not answer" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "words", [["--store", "bucket"], ["--store", "s3://b"], [], ["--data-dir", "x", "--store", "s3://bucket"]]
+    )
+    def test_asked_wrongly(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        assert main(["doctor", *words]) == 2
+        assert "--store" in capsys.readouterr().err
