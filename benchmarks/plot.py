@@ -48,7 +48,8 @@ def line_plot(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str) 
         colour = _COLOURS[number % len(_COLOURS)]
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in sorted(points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(_MARGIN + 10, _MARGIN - 36 + 14 * number, name, "start", colour))
+        column, row = divmod(number, 3)  # above the lines
+        parts.append(_text(_MARGIN + 10 + 130 * column, _MARGIN - 36 + 14 * row, name, "start", colour))
     parts.append(_text(_WIDTH / 2, _HEIGHT - 16, x_label, "middle"))
     parts.append(_text(_WIDTH - _MARGIN, _MARGIN - 36, y_label, "end"))
     return "\n".join([*parts, "</svg>", ""])
