@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
-_COLOURS = ("#1b6ac9", "#c9491b", "#3a8f3a", "#7a3a9f")
+_COLOURS = ("#1b6ac9", "#c9491b", "#3a8f3a", "#7a3a9f", "#6b6b6b")
 
 Point = tuple[float, float]
 
@@ -48,7 +48,8 @@ def line_plot(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str) 
         colour = _COLOURS[number % len(_COLOURS)]
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in sorted(points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(_MARGIN + 10, _MARGIN - 36 + 14 * number, name, "start", colour))
+        column, row = divmod(number, 3)  # above the lines
+        parts.append(_text(_MARGIN + 10 + 130 * column, _MARGIN - 36 + 14 * row, name, "start", colour))
     parts.append(_text(_WIDTH / 2, _HEIGHT - 16, x_label, "middle"))
     parts.append(_text(_WIDTH - _MARGIN, _MARGIN - 36, y_label, "end"))
     return "\n".join([*parts, "</svg>", ""])

@@ -118,6 +118,25 @@ class GraphSizes:
     checked_rows: int = 12
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleSizes:
+    """`few` adapters are used by the loop, `adapters` where only `resident` fit a replica's memory at a time."""
+
+    model: ModelShape = ModelShape()
+    adapter: AdapterShape = AdapterShape()
+    adapters: int = 24
+    few: int = 4
+    resident: int = 17
+    clients: int = 8
+    requests: int = 24
+    prompt: tuple[int, int] = (16, 64)
+    output: tuple[int, int] = (8, 32)
+    lone_requests: int = 24  # one after the other, each of one token
+    mixed_requests: int = 96  # over all adapters, by chance
+    mixed_prompt: tuple[int, int] = (8, 16)
+    mixed_output: tuple[int, int] = (1, 4)
+
+
 _TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256, context=256)
 _TINY_ADAPTER = AdapterShape(num_vectors=32, vector_length=16)
 
@@ -176,3 +195,16 @@ QUICK_SERVING = ServingSizes(
     peft_memory_adapters=(1,),
 )
 QUICK_STARTUP = StartupSizes(model=_TINY_MODEL, adapter=_TINY_ADAPTER, adapters=2)
+QUICK_SCALE = ScaleSizes(
+    model=_TINY_MODEL,
+    adapter=_TINY_ADAPTER,
+    adapters=8,
+    few=2,
+    resident=6,
+    clients=2,
+    requests=4,
+    prompt=(4, 12),
+    output=(4, 8),
+    lone_requests=3,
+    mixed_requests=24,
+)

@@ -8,10 +8,12 @@ from contextlib import AbstractAsyncContextManager
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from starlette.middleware import Middleware
 
 from service import __version__
-from service.api.deps import ServerState
+from service.api.deps import ApiSettings, RequestMetrics, ServerState
 from service.api.errors import install_error_handlers
+from service.api.keys import KeyRing
 from service.api.middleware.auth import Authentication
 from service.api.middleware.body import BodyLimits
 from service.api.middleware.context import RequestContext
@@ -66,6 +68,17 @@ _DOCUMENTED_KEY = Depends(HTTPBearer(auto_error=False, description="An API key, 
 
 def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastAPI:
     """The app over what is already built and running; `lifespan` may start and stop it with the server."""
+    app = create_routes(state, lifespan=lifespan)
+    # Added innermost first.
+    for layer in guards(state.settings, state.keys, state.metrics):
+        app.add_middleware(layer.cls, *layer.args, **layer.kwargs)
+    return app
+
+
+def create_routes(state: ServerState, *, lifespan: Lifespan | None = None) -> FastAPI:
+    """The routes alone. Whoever calls them has done what the guards do, and left `request_id` and `key` in the state
+    of the scope.
+    """
     app = FastAPI(
         title="vblora-serve",
         summary="Serve many VB-LoRA adapters from one base model: switch, blend and merge them per request.",
@@ -82,15 +95,20 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
         app.include_router(router, dependencies=[_DOCUMENTED_KEY])
     app.include_router(health.router)
     app.include_router(docs.router)
-    # Added innermost first.
-    app.add_middleware(BodyLimits, settings=state.settings)
-    app.add_middleware(Authentication, keys=state.keys, metrics_public=state.settings.metrics_public)
-    app.add_middleware(ForeignPages, keys=state.keys, origins=state.settings.cors_origins)
-    app.add_middleware(UncaughtErrors)
-    if state.settings.cors_origins:
-        app.add_middleware(CrossOrigin, origins=state.settings.cors_origins)
-    app.add_middleware(RequestContext, metrics=state.metrics)
     return app
+
+
+def guards(settings: ApiSettings, keys: KeyRing, metrics: RequestMetrics) -> list[Middleware]:
+    """What stands before the routes, the innermost first."""
+    layers = [
+        Middleware(BodyLimits, settings=settings),
+        Middleware(Authentication, keys=keys, metrics_public=settings.metrics_public),
+        Middleware(ForeignPages, keys=keys, origins=settings.cors_origins),
+        Middleware(UncaughtErrors),
+    ]
+    if settings.cors_origins:
+        layers.append(Middleware(CrossOrigin, origins=settings.cors_origins))
+    return [*layers, Middleware(RequestContext, metrics=metrics)]
 
 
 def _operation_id(route: APIRoute) -> str:

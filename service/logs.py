@@ -28,6 +28,7 @@ ACCESS_LOGGER = "vblora.access"
 PROMPT_FIELDS = frozenset({"prompt", "output"})
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_STANDARD |= {"_ray_timestamp_ns"}  # Ray gives one to every record
 _PLAIN = re.compile(r"[\w.:/@+,%=-]+")
 
 

@@ -52,6 +52,34 @@ WATCHED_ERRORS = (
 SHARED_TENANT = "(shared)"  # as a label: no tenant can be called that, and an empty label is none
 
 
+class RequestSeries:
+    """What is counted of HTTP requests, whoever answers them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "vblora_requests", "Responses, by route and HTTP status.", ["route", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "vblora_request_seconds",
+            "From a request's head to the end of its response.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._errors = Counter("vblora_errors", "Errors answered, by code.", ["code"], registry=registry)
+        for code in WATCHED_ERRORS:
+            self._errors.labels(code)
+
+    def observe_request(self, route: str, code: int, seconds: float) -> None:
+        """One response. `route` is the route's template, not a path: paths would make labels without end."""
+        self._requests.labels(route, str(code)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def count_error(self, code: str) -> None:
+        """One error answered, by the `code` of its envelope."""
+        self._errors.labels(code).inc()
+
+
 class PrometheusMetrics:
     """The metrics of one server, in a registry of their own. Every method may be called from any thread."""
 
@@ -59,19 +87,7 @@ class PrometheusMetrics:
         # Else every counter comes with a second series: when it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "vblora_requests", "Responses, by route and HTTP status.", ["route", "status"], registry=self._registry
-        )
-        self._seconds = Histogram(
-            "vblora_request_seconds",
-            "From a request's head to the end of its response.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._errors = Counter("vblora_errors", "Errors answered, by code.", ["code"], registry=self._registry)
-        for code in WATCHED_ERRORS:
-            self._errors.labels(code)
+        self._http = RequestSeries(self._registry)
         self._generations = Counter(
             "vblora_generations", "Generation requests accepted, by adapter.", ["adapter"], registry=self._registry
         )
@@ -120,13 +136,10 @@ class PrometheusMetrics:
         return content, CONTENT_TYPE_LATEST
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
-        """One response. `route` is the route's template, not a path: paths would make labels without end."""
-        self._requests.labels(route, str(code)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._http.observe_request(route, code, seconds)
 
     def count_error(self, code: str) -> None:
-        """One error answered, by the `code` of its envelope."""
-        self._errors.labels(code).inc()
+        self._http.count_error(code)
 
     def count_generation(self, selection: Selection, tenant: str) -> None:
         """One request that the engine has accepted, by what it runs with."""

@@ -16,6 +16,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "data_dir", "adapter", "adapters_dir", "adapters_dir_interval_s", "allow_source", "resolve", "adapter_memory",
         "keep_versions",
     ),
+    "several replicas": ("replicas",),
     "a store that servers share": ("store", "store_endpoint", "store_refresh_s", "store_cache"),
     "batches and memory": (
         "max_batch_size", "max_queue", "max_context", "kv_memory", "default_max_tokens", "prefill_tokens",

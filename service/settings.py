@@ -130,6 +130,12 @@ class Settings:
     store_cache: int = _setting(
         BYTES, 10 << 30, "Disk for copies of a shared store's files. The least recently used leave first."
     )
+    replicas: int = _setting(
+        whole(1),
+        1,
+        "Processes that serve, each with the model and a share of the CPUs, or a GPU, of this machine; more than one "
+        "need the extra `ray`. They share `store`: without one, `objects/` in data_dir.",
+    )
     adapter: tuple[AdapterSource, ...] = _setting(
         ADAPTER, (), "An adapter to register at start. One whose files are registered already is left as it is."
     )

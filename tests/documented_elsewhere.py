@@ -29,6 +29,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "python -m benchmarks.blend": _MINUTES,
         "python -m benchmarks.startup": "tests/unit/benchmarks/test_startup.py: the same at tiny sizes",
         "python -m benchmarks.serving": "tests/unit/benchmarks/test_serving.py: the same at tiny sizes",
+        "python -m benchmarks.scale": "tests/heavy/test_scale_benchmark.py: the same at tiny sizes",
+        "python -m benchmarks.fleet": "tests/unit/benchmarks/test_fleet.py: the same at tiny sizes",
         "python -m benchmarks.soak": "tests/unit/benchmarks/test_soak.py: the same for seconds",
         "python -m benchmarks.kernels": _GPU,
         "python -m benchmarks.decode_graphs": _GPU,
@@ -57,7 +59,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "docs/scale-out.md": {
         "pip install": _INSTALLS,
         "export AWS_": "are nobody's credentials",
+        "vblora-serve serve --model org/base --replicas": "tests/ray/test_replicas.py: two of them",
         "vblora-serve serve": "tests/e2e/test_shared_store.py: servers on one store, in a directory and by S3",
+        "export RAY_AUTH_MODE": "belongs to the next",
+        "ray ": "starts a Ray on this machine; tests/ray/test_serve_app.py has one of its own",
+        "serve ": "tests/ray/test_serve_app.py: the same application, deployed as this command does",
         "vblora-serve doctor": "tests/unit/service/test_doctor.py: on stores of all kinds",
     },
     "docs/cli.md": {

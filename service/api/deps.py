@@ -165,12 +165,8 @@ class Tokenizer(Protocol):
         ...
 
 
-class Metrics(Protocol):
-    """Where the HTTP layer counts. Every method may be called from any thread."""
-
-    def render(self, reader: str | None) -> tuple[bytes, str]:
-        """The metrics as Prometheus reads them, and their content type; as that tenant may see them, None: anyone."""
-        ...
+class RequestMetrics(Protocol):
+    """Where requests are counted, whatever they ask for. Every method may be called from any thread."""
 
     def observe_request(self, route: str, code: int, seconds: float) -> None:
         """One response: the route's template (`unmatched` for none), the HTTP status, and the time it took."""
@@ -178,6 +174,14 @@ class Metrics(Protocol):
 
     def count_error(self, code: str) -> None:
         """One error answered, by the `code` of its envelope."""
+        ...
+
+
+class Metrics(RequestMetrics, Protocol):
+    """Where the HTTP layer counts. Every method may be called from any thread."""
+
+    def render(self, reader: str | None) -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type; as that tenant may see them, None: anyone."""
         ...
 
     def count_usage(self, tenant: str, usage: Usage) -> None:

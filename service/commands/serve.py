@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from adapters.store import Store
 from service.api.keys import KeyFileError, KeyRing, load_key_file
 from service.app import create_app
 from service.assembly import Server, build_server
@@ -26,7 +29,6 @@ from service.commands import CommandError
 from service.commands.base import check_model
 from service.commands.output import say
 from service.engine.base_model import BaseModelError
-from service.engine.seam import Engine
 from service.engine.task import Task
 from service.logs import setup_logging
 from service.settings import Settings, SettingsError
@@ -50,6 +52,10 @@ def run(settings: Settings) -> int:
     with listening(settings.host, settings.port) as listener:
         if settings.api_key_file is None and not ip_address(listener.getsockname()[0]).is_loopback:
             log.warning("whoever reaches this address may use the server and change its adapters: set --api-key-file")
+        if settings.replicas > 1:
+            _run_replicas(settings, listener, hangups)
+            log.info("stopped")
+            return 0
         started = time.monotonic()
         try:
             server = build_server(settings)
@@ -59,7 +65,8 @@ def run(settings: Settings) -> int:
         def announce() -> None:
             log.info("ready", extra={"url": url_of(listener), "seconds": round(time.monotonic() - started, 1)})
             if settings.log_format == "text":
-                introduce(server, url_of(listener))
+                state = server.state
+                introduce(state.base.id, state.store, state.task, url_of(listener), with_keys=bool(state.keys))
 
         reload_on_sighup(settings.api_key_file, server.state.keys)
         if hangups:
@@ -70,6 +77,38 @@ def run(settings: Settings) -> int:
             server.close()
     log.info("stopped")
     return 0
+
+
+def _run_replicas(settings: Settings, listener: socket.socket, hangups: list[int]) -> None:
+    try:
+        from service.cluster.local import Replicated
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise CommandError(
+            "--replicas needs Ray, which is not installed: pip install 'vblora-serve[ray]', or leave it out"
+        ) from error
+    started = time.monotonic()
+    with Replicated(settings) as replicated:
+
+        def announce() -> None:
+            seconds = round(time.monotonic() - started, 1)
+            log.info("ready", extra={"url": url_of(listener), "replicas": settings.replicas, "seconds": seconds})
+            if settings.log_format == "text":
+                with_keys = bool(replicated.keys)
+                introduce(replicated.base, replicated.store, Task(settings.task), url_of(listener), with_keys=with_keys)
+
+        reload_on_sighup(settings.api_key_file, replicated.keys)
+        if hangups:
+            signal.raise_signal(signal.SIGHUP)
+        serve_app(
+            replicated.ingress,
+            replicated.ingress.work,
+            listener,
+            drain_timeout_s=settings.drain_timeout_s,
+            request_timeout_s=settings.request_timeout_s,
+            announce=announce,
+        )
 
 
 def end_on_sigterm() -> None:
@@ -132,19 +171,40 @@ def serve(
 
     `announce` is called once the server accepts connections.
     """
-    if server.state.settings.request_timeout_s is not None:
-        give_up_on_stalled_clients(listener, server.state.settings.request_timeout_s)
-    config = uvicorn.Config(
+    serve_app(
         create_app(server.state),
+        server.engine,
+        listener,
+        drain_timeout_s=drain_timeout_s,
+        request_timeout_s=server.state.settings.request_timeout_s,
+        announce=announce,
+    )
+
+
+def serve_app(
+    app: ASGIApp,
+    work: Ending,
+    listener: socket.socket,
+    *,
+    drain_timeout_s: float,
+    request_timeout_s: float | None,
+    announce: Callable[[], None],
+) -> None:
+    """The same for any application, whose work can be ended."""
+    if request_timeout_s is not None:
+        give_up_on_stalled_clients(listener, request_timeout_s)
+    config = uvicorn.Config(
+        app,
         log_config=None,
         access_log=False,  # the application writes its own
         server_header=False,
         ws="none",
+        lifespan="off",
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
     )
-    DrainingServer(config, server.engine, drain_timeout_s, announce).run([listener])
+    DrainingServer(config, work, drain_timeout_s, announce).run([listener])
 
 
 def give_up_on_stalled_clients(listener: socket.socket, seconds: float) -> None:
@@ -157,14 +217,26 @@ def give_up_on_stalled_clients(listener: socket.socket, seconds: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, option, math.ceil(1000 * min(seconds, _LONGEST_STALL_S)))
 
 
+class Ending(Protocol):
+    """Work that can be brought to its end: an engine, or what an ingress passes on."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and waits for the rest; False when some of it still ran."""
+        ...
+
+    def stop(self) -> None:
+        """Has what still runs fail."""
+        ...
+
+
 class DrainingServer(uvicorn.Server):
     """Ends in order: no new connections and requests; those running may finish; the rest are told that they fail."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, drain_timeout_s: float, announce: Callable[[], None]
+        self, config: uvicorn.Config, work: Ending, drain_timeout_s: float, announce: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._work = work
         self._drain_timeout_s = drain_timeout_s
         self._announce = announce
 
@@ -182,13 +254,13 @@ class DrainingServer(uvicorn.Server):
         log.info("ending: requests have %g seconds to finish", self._drain_timeout_s)
         draining = asyncio.create_task(asyncio.to_thread(self._drain))
         await super().shutdown(sockets)
-        await asyncio.to_thread(self._engine.stop)  # in a hurry, requests may still run
+        await asyncio.to_thread(self._work.stop)  # in a hurry, requests may still run
         await draining
 
     def _drain(self) -> None:
-        if not self._engine.drain(self._drain_timeout_s):
+        if not self._work.drain(self._drain_timeout_s):
             log.warning("some requests did not end within %g seconds: failing them", self._drain_timeout_s)
-            self._engine.stop()
+            self._work.stop()
 
 
 def url_of(listener: socket.socket) -> str:
@@ -207,14 +279,13 @@ _EXAMPLES: Mapping[Task, tuple[str, Mapping[str, object]]] = {
 }
 
 
-def introduce(server: Server, url: str) -> None:
+def introduce(base: str, store: Store, task: Task, url: str, *, with_keys: bool) -> None:
     """Says where the server is, and how to try it."""
-    state = server.state
-    records, _ = state.store.list("", limit=1)
-    route, body = _EXAMPLES[state.task]
+    records, _ = store.list("", limit=1)
+    route, body = _EXAMPLES[task]
     body = dict(body)
     if records:
         body["adapter"] = records[0].name
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if state.keys else ""
-    say(f"Serving {state.base.id} with {state.store.count('')} adapters at {url}. Try:")
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if with_keys else ""
+    say(f"Serving {base} with {store.count('')} adapters at {url}. Try:")
     say(f"  curl {url}{route}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")

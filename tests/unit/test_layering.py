@@ -22,6 +22,16 @@ RULES = {
     "service/settings.py": ({"service.settings", "service.setting_kinds"}, {"torch", "transformers", "fastapi"}),
     "service/logs.py": (set(), {"torch", "transformers", "fastapi"}),
     "service/metrics.py": ({"adapters", "service.engine"}, {"torch", "transformers", "fastapi"}),
+    "service/cluster": (  # local.py beside the command line, which starts it
+        {"adapters", "service.engine", "service.api", "service.app", "service.cluster", "service.metrics"}
+        | {
+            "service.settings",
+            "service.assembly",
+            "service.ray_app",
+            "service.commands",
+        },
+        {"torch.nn", "transformers", "uvicorn", "peft"},
+    ),
     "vblora_vllm": ({"adapters", "vblora_vllm"}, {"transformers", "fastapi", "starlette", "uvicorn", "peft"}),
 }
 # Policy: tested in milliseconds, so it must not wait for torch.
@@ -84,10 +94,21 @@ def test_policy_knows_no_torch(part: str) -> None:
                     todo.append(file)
 
 
-def test_only_ray_app_may_know_ray() -> None:
+RAY = {ROOT / "service" / "ray_app.py"} | {
+    ROOT / "service" / "cluster" / name for name in ("router.py", "replicas.py", "local.py")
+}
+
+
+def test_only_ray_app_and_what_it_is_made_of_may_know_ray() -> None:
+    """It is an extra: `serve` loads them when there are to be replicas."""
     for source in sources("service") + sources("adapters"):
-        if source.name != "ray_app.py":
-            assert not any(module.split(".")[0] == "ray" for module in imports(source))
+        if source not in RAY:
+            assert not any(module.split(".")[0] == "ray" for module in imports(source)), source
+
+
+def test_the_policy_of_routing_knows_numbers_alone() -> None:
+    ours = {"service", "adapters", "torch", "ray", "starlette", "fastapi"}
+    assert not {module.split(".")[0] for module in imports(ROOT / "service" / "cluster" / "policy.py")} & ours
 
 
 def test_only_the_kernels_may_know_triton() -> None:

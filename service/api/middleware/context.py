@@ -10,7 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.deps import Metrics
+from service.api.deps import RequestMetrics
 from service.api.keys import key_of
 from service.api.observation import access_fields
 
@@ -23,7 +23,7 @@ _NOTHING_SENT = 499
 class RequestContext:
     """Gives every request an id, or takes the client's if it is sane."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app = app
         self._metrics = metrics
 

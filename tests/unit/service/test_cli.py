@@ -433,7 +433,7 @@ class TestServe:
             client = threading.Thread(target=ask, args=(url,))
             serve(server, listener, drain_timeout_s=10, announce=client.start)
             client.join()
-        introduce(server, url)
+        introduce(server.state.base.id, server.state.store, server.state.task, url, with_keys=False)
         assert server.engine.state is EngineState.STOPPED
         server.close()
         assert json.loads(answers[0])["selection"]["adapters"][0]["name"] == "sql"

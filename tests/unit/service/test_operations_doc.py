@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.api.activity import Activity
 from service.api.middleware.context import RequestContext
 from service.api.observation import Observation
+from service.cluster.metrics import IngressMetrics
 from service.engine.events import Usage
 from service.engine.selection import Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
@@ -38,7 +39,8 @@ def exported() -> Iterator[tuple[str, Described]]:
     server.count_error("overloaded")
     server.count_generation(Selection(), "")
     server.count_usage("", Usage(1, 1))
-    for family in text_string_to_metric_families(server.render("")[0].decode()):
+    ingress = text_string_to_metric_families(IngressMetrics().render(2)[0])
+    for family in (*ingress, *text_string_to_metric_families(server.render("")[0].decode())):
         if family.name.startswith("vblora_"):
             labels = {label: None for sample in family.samples for label in sample.labels if label != "le"}
             suffix = "_total" if family.type == "counter" else ""

@@ -51,7 +51,7 @@ class TestPrecedence:
             "model": "org/name", "served_model_name": "name", "base_alias": "org/other", "device": "cpu",
             "dtype": "bfloat16", "quantization": "nf4", "threads": "2", "host": "0.0.0.0", "port": "9000",
             "data_dir": "/data", "store": "s3://bucket/prefix", "store_endpoint": "http://127.0.0.1:9000",
-            "store_refresh_s": "0.5", "store_cache": "5GiB",
+            "replicas": "2", "store_refresh_s": "0.5", "store_cache": "5GiB",
             "adapter": "sql=/adapters/sql", "adapter_memory": "2GiB", "keep_versions": "3",
             "max_batch_size": "4",
             "max_queue": "5", "max_context": "6", "kv_memory": "3GiB", "prefill_tokens": "7", "prefix_cache": "false",
