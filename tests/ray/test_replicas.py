@@ -126,7 +126,8 @@ def test_activation_counts_on_every_replica(server: Server) -> None:
 def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
     body = {"prompt": "Once upon", "stream": True, **LONG}
     with httpx.stream("POST", f"{server.url}/v1/generate", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the response closes with it
+        next(lines)
         assert sum(samples(server, "vblora_running_sequences").values()) == 1
     until(lambda: sum(samples(server, "vblora_running_sequences").values()) == 0)
     finished = server.http.get("/metrics").text

@@ -112,7 +112,8 @@ def test_answers_errors_and_streams(application: Application) -> None:
 def test_a_client_that_leaves_frees_its_row(application: Application) -> None:
     body = {"prompt": "Once", "max_new_tokens": 450, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{application.url}/v1/generate", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the response closes with it
+        next(lines)
         assert application.http.get("/v1/stats").json()["running"] == 1
     until(lambda: application.http.get("/v1/stats").json()["running"] == 0)
     assert 'reason="cancelled",replica' in application.http.get("/metrics").text
