@@ -45,6 +45,8 @@ from service.engine.quantization import (
 )
 from service.engine.seq2seq.base import Seq2SeqBase
 from service.engine.seq2seq.base import describe as describe_seq2seq
+from service.engine.shards.cutting import cut_model, join_outputs
+from service.engine.shards.plan import Shard, plan_of
 from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
@@ -129,12 +131,19 @@ class Pretrained:
 
 
 def load_pretrained(
-    model: str, *, dtype: str, device: torch.device, quantization: str = NONE, task: Task = Task.GENERATE
+    model: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    quantization: str = NONE,
+    task: Task = Task.GENERATE,
+    at: torch.device | None = None,
 ) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
     `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA; of a quantized model it is what its activations
-    and the layers that are left as they are have. Raises BaseModelError.
+    and the layers that are left as they are have. With `at` the weights stay there, to be moved to the device later.
+    Raises BaseModelError.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log is no place for one
@@ -150,7 +159,7 @@ def load_pretrained(
         else:
             quantized = loading_arguments(config, quantization, wanted, device)
             loaded = _auto_class(task).from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
-        loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
+        loaded = (loaded if quantized else loaded.to(at or device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
         prepare(loaded)
     except SafetensorError as error:
@@ -186,17 +195,21 @@ def load_base(
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     pack_weights: bool = True,
+    shard: Shard | None = None,
 ) -> LoadedBase:
     """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
 
     `pooling` and `normalize` overrule what the model's files say of embeddings. `pack_weights` lays linear weights on a
-    CPU out for oneDNN.
+    CPU out for oneDNN. With `shard` only that part is held, on the device of its number; all that is told of the base is
+    told of the whole.
     """
-    where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task)
+    where = pick_device(device) if shard is None else shard.device(pick_device(device))
+    on_host = torch.device("cpu") if shard is not None else where  # what is cut before it goes to its device
+    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task, at=on_host)
     config, loaded = pretrained.config, pretrained.model
-    pooled = head = seq2seq = None
+    pooled = head = seq2seq = plan = None
     try:
+        plan = None if shard is None else plan_of(loaded, shard)
         if task.pools:
             head = head_of(loaded, pretrained.untrained) if task is Task.CLASSIFY else None
             pooled = describe(task, model, loaded.config, pretrained.tokenizer, loaded, pooling, normalize)
@@ -210,13 +223,19 @@ def load_base(
     modules = modules_of(loaded, config)
     parameters = sum(parameter.numel() for parameter in counted.parameters())
     stored_bytes = weight_bytes(loaded)
+    if plan is not None:
+        cut_model(loaded, plan.cuts)
+        loaded.to(where)
     if pack_weights:
         pack_model(loaded)
+    adapted = AdaptedModel(loaded, modules, head, plan and plan.cuts)
+    if plan is not None:
+        join_outputs(adapted, plan)
     name = served_model_name or served_name(model)
     return LoadedBase(
         id=name,
         model_type=config.model_type,
-        adapted=AdaptedModel(loaded, modules, head),
+        adapted=adapted,
         tokenizer=TextTokenizer(pretrained.tokenizer, pretrained.vocabulary),
         identity=identity,
         device=where,
