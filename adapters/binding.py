@@ -129,8 +129,8 @@ def replaced_parameters(
     """The parameters that an adapter's trained biases and saved modules replace, by module and attribute.
 
     `base_tensor` gives the base's own by name; values are in its dtype on its device. Those that equal the base's own
-    (PEFT stores `lm_head` unasked when it is a target) replace nothing and are left out. Of layers that are cut, `cuts`,
-    the parts held here.
+    (PEFT stores `lm_head` unasked when it is a target) replace nothing and are left out. Of layers that
+    are cut, `cuts`, the parts held here.
     """
     replaced: dict[str, dict[str, Tensor]] = {}
     for key, tensor in extras.items():
@@ -150,14 +150,14 @@ def replaced_parameters(
 def blend_origin(model: AdaptedModel, extras: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
     """What a blend of adapters with these extras starts from in one parameter: the base's own, None if it has none.
 
-    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that, and for
-    a parameter of which only a part is here.
+    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that, and
+    for a parameter of which only a part is here.
     """
     own = model.tensor(name)
     if name.rpartition(".")[0] in model.cuts:
         raise InvalidSelection(
-            f"the adapters bring their own {name}, of which each device of --tensor-parallel holds a part: they cannot be "
-            "blended into a new adapter here",
+            f"the adapters bring their own {name}, of which each device of --tensor-parallel holds a part: they "
+            "cannot be blended into a new adapter here",
             subject="adapters",
         )
     if own is None or model.head is None or name.rpartition(".")[0] != model.head.output:

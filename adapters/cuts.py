@@ -97,7 +97,7 @@ def _composed(
     order = torch.cat(positions)
     indices, weights = checkpoint.indices[order].to(device), checkpoint.full_weights()[order].to(device)
     tiles = mixtures(indices, weights, checkpoint.bank.vectors.to(device))
-    pieces = iter(tiles.split([len(each) for each in positions]))
+    pieces = iter(torch.split(tiles, [len(each) for each in positions]))
     for layer in checkpoint.layout.layers:
         a, b_t = (_within(next(pieces).reshape(r, -1), features, length) for features in _features(layer, cuts))
         yield layer, a, b_t

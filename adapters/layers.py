@@ -106,9 +106,9 @@ class AdaptedModel:
         return name in self._leaves
 
     def tensor(self, name: str) -> Tensor | None:
-        """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none; its part held here.
+        """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none.
 
-        Of a weight that is folded at the moment, the pristine one.
+        The part of it that is held here; of a weight that is folded at the moment, the pristine one.
         """
         if name in self.pristine:
             return self.pristine[name]

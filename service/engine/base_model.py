@@ -175,7 +175,7 @@ def _pooling_arguments(
     """What a model that pools is loaded with besides; nothing for one that is not quantized."""
     if quantization == NONE and method_of(config) is None:
         return {}
-    empty, _ = _without_weights(model, task)
+    empty, _ = without_weights(model, task)
     arguments = loading_arguments(config, quantization, dtype, device, kept_plain(task, empty))
     if quantization == NONE:
         leave_new_head(task, empty, config)
@@ -200,8 +200,8 @@ def load_base(
     """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
 
     `pooling` and `normalize` overrule what the model's files say of embeddings. `pack_weights` lays linear weights on a
-    CPU out for oneDNN. With `shard` only that part is held, on the device of its number; all that is told of the base is
-    told of the whole.
+    CPU out for oneDNN. With `shard` only that part is held, on the device of its number; what is told of the
+    base is told of the whole.
     """
     where = pick_device(device) if shard is None else shard.device(pick_device(device))
     on_host = torch.device("cpu") if shard is not None else where  # what is cut before it goes to its device
@@ -219,7 +219,7 @@ def load_base(
         raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
-    counted = loaded if pretrained.quantization is None else _without_weights(model, task)[0]
+    counted = loaded if pretrained.quantization is None else without_weights(model, task)[0]
     modules = modules_of(loaded, config)
     parameters = sum(parameter.numel() for parameter in counted.parameters())
     stored_bytes = weight_bytes(loaded)
@@ -228,7 +228,7 @@ def load_base(
         loaded.to(where)
     if pack_weights:
         pack_model(loaded)
-    adapted = AdaptedModel(loaded, modules, head, plan and plan.cuts)
+    adapted = AdaptedModel(loaded, modules, head, None if plan is None else plan.cuts)
     if plan is not None:
         join_outputs(adapted, plan)
     name = served_model_name or served_name(model)
@@ -261,7 +261,7 @@ def modules_of(model: Any, config: Any) -> BaseModules:
 
 def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
-    return modules_of(*_without_weights(model, task))
+    return modules_of(*without_weights(model, task))
 
 
 def is_encoder_decoder(model: str) -> bool:
@@ -274,7 +274,7 @@ def is_encoder_decoder(model: str) -> bool:
 
 def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
-    empty, config = _without_weights(model, task)
+    empty, config = without_weights(model, task)
     try:
         head = head_of(empty, frozenset()) if task is Task.CLASSIFY else None
     except Unservable as error:
@@ -282,7 +282,7 @@ def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix, head)
 
 
-def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
+def without_weights(model: str, task: Task) -> tuple[Any, Any]:
     """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)

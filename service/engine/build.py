@@ -57,8 +57,8 @@ def build_engine(
     """An engine that has not been started. Tests first which key-value backend is right for the model.
 
     Where the device has graphs, or with a `graph_backend`, decode steps are captured, for the adapters registered so
-    far and those like them; not with a `team`, which holds the other parts of the model. Raises BaseModelError for a context longer than the model's, for folding into a quantized
-    model, or for a model that cannot be served.
+    far and those like them; not with a `team`, which holds the other parts of the model. Raises BaseModelError for a
+    context longer than the model's, for folding into a quantized model, or for a model that cannot be served.
     """
     options = options or EngineOptions()
     if options.max_context > base.context:
@@ -83,17 +83,17 @@ def build_engine(
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()
-    rows = limits.max_batch_size + limits.reserve
-    runner.kv.reserve(rows, max_context)
+    most = limits.max_batch_size + limits.reserve
+    runner.kv.reserve(most, max_context)
     if team is None:
         attach_graphs(base, runner, registry.layouts, options.graphs, graph_backend)
     worker = Worker(
-        runner if team is None else lead(runner, team, batches, rows, max_context),
+        runner if team is None else lead(runner, team, batches, most, max_context),
         Merger(base.adapted),
         limits,
         base.eos_token_ids,
         # Half of the memory at most: what rows need comes first, and shrinks the cache when it must.
-        PrefixCache(options.kv_memory // 2) if options.prefix_cache and batches and team is None else None,
+        PrefixCache(options.kv_memory // 2) if options.prefix_cache and batches else None,
         AutoMerge() if options.auto_merge else None,
         FactorStack(base.adapted.siblings),
     )

@@ -28,7 +28,8 @@ def _part(layer: nn.Linear, cut: Cut) -> nn.Linear:
     assert weight is not None
     part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     part.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    part.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+    if bias is not None:
+        part.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return part.train(layer.training)
 
 

@@ -10,14 +10,15 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from adapters.composing import composed
 from adapters.factors import AdapterFactors, FactorStack
@@ -48,7 +49,7 @@ class Orders:
     shard: Shard
     group: Group
     threads: int
-    log_level: int
+    prepare: Callable[[], None]  # its logs
 
 
 def main(orders: Orders, connection: Connection) -> None:
@@ -56,7 +57,8 @@ def main(orders: Orders, connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_leader, daemon=True).start()
-    logging.basicConfig(level=orders.log_level, stream=sys.stderr)
+    orders.prepare()
+    disable_progress_bar()
     compute_with(orders.threads)
     try:
         _serve(orders, connection)
@@ -128,8 +130,7 @@ class Follower:
             case messages.Read(number, row, start, end):
                 self._blocks[number] = self._runner.read(row, start, end)
             case messages.Write(row, numbers):
-                for number in numbers:
-                    self._runner.write(row, self._blocks[number])
+                self._runner.write(row, *(self._blocks[number] for number in numbers))
             case messages.Forget(numbers):
                 for number in numbers:
                     del self._blocks[number]

@@ -22,7 +22,7 @@ class Group:
 
     def join(self, shard: Shard, device: torch.device) -> None:
         """Returns once all have joined."""
-        store = dist.FileStore(os.path.join(self.folder, "group"), shard.size)
+        store = dist.FileStore(os.path.join(self.folder, "group"), shard.size)  # type: ignore[attr-defined]
         timeout = timedelta(seconds=self.timeout_s)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from itertools import count
 
 from torch import Tensor
 
@@ -17,16 +19,26 @@ from service.engine.shards import messages
 from service.engine.shards.team import Team
 
 
+class _Numbered(list[tuple[Tensor, Tensor]]):
+    """Keys and values of this process's heads; the others keep those of theirs under the same number."""
+
+    def __init__(self, number: int, blocks: Blocks) -> None:
+        super().__init__(blocks)
+        self.number = number
+
+
 class LeadingRunner:
     """Implements `ModelRunner` over its own part and a team.
 
-    A step is sent before it is run, as everyone meets in every layer; all else is sent once it is done here. A step that
-    fails everywhere has not happened and may be tried again; any other failure ends the model, with ShardsLost.
+    A step is sent before it is run, as everyone meets in every layer; all else is sent once it is done here. A step
+    that fails everywhere has not happened and may be tried again; any other failure ends the model, with ShardsLost.
     """
 
     def __init__(self, runner: TransformersRunner, team: Team) -> None:
         self._runner = runner
         self._team = team
+        self._numbers = count()
+        self._unread: deque[int] = deque()  # numbers of keys and values that are gone here
         self._sent: dict[str, weakref.ref[AdapterFactors]] = {}
 
     @property
@@ -61,6 +73,7 @@ class LeadingRunner:
         *,
         every_position: bool = False,
     ) -> Tensor:
+        self._forget()
         mix = None if batch is None else self._mix(batch)
         self._team.tell(messages.Extend(tuple(rows), [list(each) for each in tokens], mix, every_position))
         try:
@@ -74,10 +87,26 @@ class LeadingRunner:
         return token_logits
 
     def read(self, row: int, start: int, end: int) -> Blocks:
-        raise NotImplementedError("there is no prefix cache over a model in parts")
+        blocks = _Numbered(next(self._numbers), self._runner.read(row, start, end))
+        weakref.finalize(blocks, self._unread.append, blocks.number).atexit = False
+        self._team.tell(messages.Read(blocks.number, row, start, end))
+        return blocks
 
-    def write(self, row: int, blocks: Blocks) -> None:
-        raise NotImplementedError("there is no prefix cache over a model in parts")
+    def write(self, row: int, *pieces: Blocks) -> None:
+        """What this runner has read, and nothing else."""
+        numbers = tuple(piece.number for piece in pieces if isinstance(piece, _Numbered))
+        assert len(numbers) == len(pieces)
+        self._runner.write(row, *pieces)
+        self._team.tell(messages.Write(row, numbers))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Has the others let go of keys and values that nobody holds here any more."""
+        numbers = []
+        while self._unread:
+            numbers.append(self._unread.popleft())
+        if numbers:
+            self._team.tell(messages.Forget(tuple(numbers)))
 
     def _check_all_failed(self, error: Exception) -> None:
         """Raises ShardsLost unless everyone failed as this process did: then all are where they were."""

@@ -90,11 +90,8 @@ def _cut(name: str, layer: nn.Linear, style: str, shard: Shard) -> Cut | None:
 
 
 def _check_heads(config: Any, size: int) -> None:
-    heads = config.num_attention_heads
-    for what, number in (
-        ("attention heads", heads),
-        ("key-value heads", getattr(config, "num_key_value_heads", heads)),
-    ):
+    for field, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key-value heads")):
+        number = getattr(config, field, None)
         if number is not None and number % size:
             raise Unservable(f"tensor_parallel is {size}, which does not divide the model's {number} {what}")
 

@@ -39,14 +39,15 @@ class Team:
         device: str,
         pack_weights: bool,
         threads: int,
+        prepare: Callable[[], None] = logging.basicConfig,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        """Starts the followers, which begin to load; `join` waits for them."""
+        """Starts the followers, which begin to load; `join` waits for them. Each calls `prepare` first."""
         self.shard = Shard(0, size)
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="vblora-shards-")
         self._group = Group(self._folder.name, timeout_s)
-        self._closing = False
+        self._closing = self._joined = False
         self._lost: str | None = None
         self._on_lost: Callable[[ShardsLost], None] | None = None
         self._lock = threading.Lock()
@@ -55,9 +56,7 @@ class Team:
         self._connections = []
         for rank in range(1, size):
             ours, theirs = spawning.Pipe()
-            orders = Orders(
-                model, dtype, device, pack_weights, Shard(rank, size), self._group, threads, log.getEffectiveLevel()
-            )
+            orders = Orders(model, dtype, device, pack_weights, Shard(rank, size), self._group, threads, prepare)
             process = spawning.Process(target=main, args=(orders, theirs), name=f"vblora-shard-{rank}", daemon=True)
             process.start()
             theirs.close()  # so that its end is the end of the pipe
@@ -75,6 +74,7 @@ class Team:
         self.answers(patient=True)
         self.tell(messages.Join())
         self._group.join(self.shard, device)
+        self._joined = True
 
     def on_lost(self, tell: Callable[[ShardsLost], None]) -> None:
         """Has a follower's end told, from a thread of its own, once; also one that has been already."""
@@ -112,11 +112,12 @@ class Team:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(_LAST_WORDS_S)
-            if process.is_alive():
-                log.warning("%s did not end by itself: it is killed", process.name)
-                process.kill()
-                process.join()
+            if self._joined:
+                process.join(_LAST_WORDS_S)
+                if process.is_alive():
+                    log.warning("%s did not end by itself: it is killed", process.name)
+            process.kill()  # one that still loads does not listen
+            process.join()
         self._group.leave()
         self._folder.cleanup()
 
