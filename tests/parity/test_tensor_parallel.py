@@ -39,6 +39,7 @@ SELECTIONS: list[dict[str, float]] = [
     {"all": 0.5, "long": 0.5}, {"some": -0.4, "plain": 0.8}, {"saved": 0.5, "biased": 0.7}, {"all": 0.3, "norms": 0.3},
 ]  # fmt: skip
 PEFT_TELLS = ("all", "long", "some", "plain")  # of which PEFT's deltas say everything
+BIASES: dict[str, dict[str, bool]] = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}}
 WAIT_S = 60
 
 
@@ -95,8 +96,10 @@ def is_alive(pid: int) -> bool:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     # Four heads of 16 over two of keys and values, in features that a part of 24 or 72 cuts in the midst of tiles.
     sizes = {"intermediate_size": 96, "tie_word_embeddings": request.param == "qwen3"}
-    specs = SPECS | (BIASED if request.param == "qwen2" else {})
-    bench = make_bench(request.param, tmp_path_factory.mktemp(request.param), specs, **sizes)
+    specs = SPECS | (BIASED if request.param in BIASES else {})
+    bench = make_bench(
+        request.param, tmp_path_factory.mktemp(request.param), specs, **sizes, **BIASES.get(request.param, {})
+    )
     lora = {"target_modules": "all-linear", "lora_alpha": 3, "use_rslora": True}
     bench.adapters["plain"] = make_lora(bench.model, bench.folder / "plain", **lora)
     return bench

@@ -47,7 +47,7 @@ class Team:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="vblora-shards-")
         self._group = Group(self._folder.name, timeout_s)
-        self._closing = self._joined = False
+        self._closing = self._listening = False
         self._lost: str | None = None
         self._on_lost: Callable[[ShardsLost], None] | None = None
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class Team:
         self.answers(patient=True)
         self.tell(messages.Join())
         self._group.join(self.shard, device)
-        self._joined = True
+        self._listening = True
 
     def on_lost(self, tell: Callable[[ShardsLost], None]) -> None:
         """Has a follower's end told, from a thread of its own, once; also one that has been already."""
@@ -112,11 +112,11 @@ class Team:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            if self._joined:
+            if self._listening:
                 process.join(_LAST_WORDS_S)
                 if process.is_alive():
                     log.warning("%s did not end by itself: it is killed", process.name)
-            process.kill()  # one that still loads does not listen
+            process.kill()  # one that still loads, or that is lost, does not listen
             process.join()
         self._group.leave()
         self._folder.cleanup()
@@ -125,12 +125,14 @@ class Team:
         connection = self._connections[rank - 1]
         try:
             if not connection.poll(timeout_s):
+                self._listening = False
                 raise ShardsLost(f"part {rank} of the model did not answer within {timeout_s:g} s")
             return messages.receive(connection)
         except (EOFError, OSError) as error:
             raise self._gone(rank) from error
 
     def _gone(self, rank: int) -> ShardsLost:
+        self._listening = False
         return ShardsLost(f"the process with part {rank} of the model has ended")
 
     def _watch(self) -> None:
