@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.errors import BaseModelMismatch, NonFinite, ShapeMismatch, UnexpectedTensor, UnsupportedCheckpoint
+from adapters.cuts import Cuts
+from adapters.errors import (
+    BaseModelMismatch,
+    InvalidSelection,
+    NonFinite,
+    ShapeMismatch,
+    UnexpectedTensor,
+    UnsupportedCheckpoint,
+)
 from adapters.heads import check_head, parameter_name
 from adapters.layers import AdaptedModel
 from adapters.layout import EMBEDDING_NAMES, extra_owner
@@ -93,13 +101,15 @@ def _check_extra(spec: TensorSpec, model: AdaptedModel) -> None:
             subject=spec.key,
         )
     head = model.head
-    if head is not None and head.may_have(f"{owner}.{attribute}", tuple(own.shape), spec.shape):
+    shape = model.whole_shape(f"{owner}.{attribute}")
+    assert shape is not None
+    if head is not None and head.may_have(f"{owner}.{attribute}", shape, spec.shape):
         return
-    if tuple(own.shape) != spec.shape:
+    if shape != spec.shape:
         resized = owner.rsplit(".", 1)[-1] in EMBEDDING_NAMES
         what = "the vocabulary was resized in training, which" if resized else "another shape"
         raise ShapeMismatch(
-            f"{spec.key} has shape {list(spec.shape)} but the base's is {list(own.shape)}; {what} cannot be served",
+            f"{spec.key} has shape {list(spec.shape)} but the base's is {list(shape)}; {what} cannot be served",
             subject=spec.key,
         )
 
@@ -114,19 +124,24 @@ def check_range(extras: Mapping[str, Tensor], model: AdaptedModel) -> None:
 
 
 def replaced_parameters(
-    extras: Mapping[str, Tensor], base_tensor: Callable[[str], Tensor | None]
+    extras: Mapping[str, Tensor], base_tensor: Callable[[str], Tensor | None], cuts: Cuts | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """The parameters that an adapter's trained biases and saved modules replace, by module and attribute.
 
     `base_tensor` gives the base's own by name; values are in its dtype on its device. Those that equal the base's own
-    (PEFT stores `lm_head` unasked when it is a target) replace nothing and are left out.
+    (PEFT stores `lm_head` unasked when it is a target) replace nothing and are left out. Of layers that
+    are cut, `cuts`, the parts held here.
     """
     replaced: dict[str, dict[str, Tensor]] = {}
     for key, tensor in extras.items():
         owner, attribute = extra_owner(key), key.rpartition(".")[2]
+        cut = (cuts or {}).get(owner)
+        part = tensor if cut is None else cut.parameter(attribute, tensor)
+        if part is None:
+            continue
         own = base_tensor(f"{owner}.{attribute}")
         assert own is not None, "the layout was checked"
-        values = tensor.to(own)
+        values = part.to(own)
         if not torch.equal(values, own):
             replaced.setdefault(owner, {})[attribute] = values
     return replaced
@@ -135,9 +150,16 @@ def replaced_parameters(
 def blend_origin(model: AdaptedModel, extras: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
     """What a blend of adapters with these extras starts from in one parameter: the base's own, None if it has none.
 
-    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that.
+    Zeros for classification heads with labels of another number. Raises InvalidSelection if they differ in that, and
+    for a parameter of which only a part is here.
     """
     own = model.tensor(name)
+    if name.rpartition(".")[0] in model.cuts:
+        raise InvalidSelection(
+            f"the adapters bring their own {name}, of which each device of --tensor-parallel holds a part: they "
+            "cannot be blended into a new adapter here",
+            subject="adapters",
+        )
     if own is None or model.head is None or name.rpartition(".")[0] != model.head.output:
         return own
     return origin(own, [part for each in extras for key, part in each.items() if parameter_name(key) == name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from adapters.checkpoint import TopKCheckpoint
 from adapters.replacements import Parameters
 from adapters.vector_bank import VectorBank
+
+if TYPE_CHECKING:
+    from adapters.lora import ServedCheckpoint
 
 _LEAST_RANKS = 16
 
@@ -23,13 +27,13 @@ class LayerFactors:
     b_t: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterFactors:
     """What one adapter computes with: its factors by layer name, and by module name the parameters it replaces.
 
     `replaced` are trained biases and saved modules, in the base's dtype. `bank` is what the factors were composed from,
     on their device: held so that the next adapter that has it finds it there. `selections` is the compact adapter with
-    that bank, None of a plain LoRA.
+    that bank, None of a plain LoRA. Where the base is held in parts, `whole` is what the others compose theirs from.
     """
 
     digest: str
@@ -37,6 +41,7 @@ class AdapterFactors:
     replaced: Mapping[str, Parameters] = field(default_factory=dict)
     bank: VectorBank | None = None
     selections: TopKCheckpoint | None = None
+    whole: ServedCheckpoint | None = None
 
     def head_alone(self, output: str) -> AdapterFactors:
         """What is left to run beside the weights when it is folded in: its own layer of that name, if it has one."""
@@ -101,6 +106,11 @@ class FactorStack:
     def ranks(self) -> int:
         """How many ranks there is memory for."""
         return self._capacity
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The digests of the adapters that have a place."""
+        return frozenset(self._spans)
 
     def span(self, adapter: AdapterFactors) -> slice:
         """The ranks of an adapter that is held."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from adapters.cuts import Cuts
 from adapters.heads import ClassifierHead
 from adapters.packed import own_value
 from adapters.replacements import SHARED_BY_ROWS, RowReplacements, is_replaceable
@@ -70,9 +71,13 @@ class AdaptedModel:
             model(...)
     """
 
-    def __init__(self, model: nn.Module, modules: BaseModules, head: ClassifierHead | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, modules: BaseModules, head: ClassifierHead | None = None, cuts: Cuts | None = None
+    ) -> None:
+        """`cuts` says of which layers `model` holds only a part; `modules` are those of the whole model."""
         self.model = model
         self.modules = modules
+        self.cuts: Cuts = cuts or {}
         self.head = head  # of a classifier
         self.batch: Batch | None = None
         self.pristine: dict[str, Tensor] = {}  # copies on the host of the parameters that a Merger changes
@@ -103,7 +108,7 @@ class AdaptedModel:
     def tensor(self, name: str) -> Tensor | None:
         """The base model's parameter or buffer called `name` (`lm_head.weight`), None if it has none.
 
-        Of a weight that is folded at the moment, the pristine one.
+        The part of it that is held here; of a weight that is folded at the moment, the pristine one.
         """
         if name in self.pristine:
             return self.pristine[name]
@@ -114,6 +119,13 @@ class AdaptedModel:
             return None
         value = getattr(owner, attribute, None)
         return own_value(owner, attribute) if isinstance(value, Tensor) else None
+
+    def whole_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of `tensor(name)` in the whole model."""
+        own, (owner, _, attribute) = self.tensor(name), name.rpartition(".")
+        if own is None or owner not in self.cuts:
+            return None if own is None else tuple(own.shape)
+        return self.cuts[owner].whole_shape(attribute, tuple(own.shape))
 
     @contextmanager
     def using(self, batch: Batch | None) -> Iterator[None]:

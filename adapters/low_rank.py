@@ -54,6 +54,11 @@ class LowRankBatch:
         self._replacements: dict[str, RowReplacements | None] = {}
         self.forget_input()
 
+    @property
+    def stacked(self) -> frozenset[str]:
+        """The digests of all adapters that have a place in the stack, those of this batch among them."""
+        return self._stack.held
+
     def forget_input(self) -> None:
         """Between forwards: the next one's tensors may be the same objects with other contents."""
         self._input: Tensor | None = None

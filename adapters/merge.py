@@ -58,9 +58,12 @@ class Merger:
 
         All but the last layer of a classification head, which may have another shape: see `AdapterFactors.head_alone`.
         Whatever was folded before is restored first. Raises, with the pristine parameters in place,
-        MergeUnsupported when a layer is quantized and InvalidSelection when a folded weight overflows its dtype.
+        MergeUnsupported when a layer is quantized, or the model held in parts, and InvalidSelection when a folded
+        weight overflows its dtype.
         """
         self.restore()
+        if self._model.cuts:
+            raise MergeUnsupported("the base model is held in parts: nothing can be folded into it", subject="mode")
         try:
             for place in changed_places(selection):
                 if not self._stays_beside(place):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,9 @@ from adapters.binding import (
     check_base_name,
     check_layout,
     check_range,
-    replaced_parameters,
 )
 from adapters.blend import weighted_sum
-from adapters.checkpoint import TopKCheckpoint
+from adapters.composing import composed
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -39,7 +38,7 @@ from adapters.errors import (
     CheckpointError,
     StoreError,
 )
-from adapters.factors import AdapterFactors, LayerFactors
+from adapters.factors import AdapterFactors
 from adapters.heads import ClassifierHead
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
@@ -423,21 +422,9 @@ class AdapterRegistry:
             check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
         check_range(checkpoint.extras, self._model)
 
-    @torch.inference_mode()
     def _compose(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         self._check_size(compact.layout)
-        replaced = replaced_parameters(compact.extras, self._model.tensor)
-        bank = None
-        if isinstance(compact, TopKCheckpoint):
-            bank = self._banks.on_device(compact.bank)
-            compact = replace(compact, bank=bank)
-        layers = {layer.name: LayerFactors(a, b_t) for layer, a, b_t in compact.factors(self._device)}
-        here = {
-            name: {attribute: tensor.to(self._device) for attribute, tensor in parameters.items()}
-            for name, parameters in replaced.items()
-        }
-        selections = compact if isinstance(compact, TopKCheckpoint) else None
-        return AdapterFactors(digest, layers, here, bank, selections)
+        return composed(digest, compact, self._model, self._banks, self._device)
 
     def _check_size(self, layout: AnyLayout) -> None:
         size = factor_bytes(layout) + self._banks.most_copied(layout)

@@ -29,17 +29,20 @@ from service.api.keys import ApiKey, KeyFileError, KeyRing, load_key_file
 from service.api.registration import register_unless_known
 from service.api.resolver import AdapterResolver, DirectorySource, HubSource, NameSource
 from service.api.sources import fetch_own_source
-from service.engine.base_model import LoadedBase, identify, load_base
+from service.engine.base_model import BaseModelError, LoadedBase, identify, load_base
 from service.engine.build import EngineOptions, build_engine
+from service.engine.fatal import ShardsLost
 from service.engine.graphs.setup import GraphOptions
 from service.engine.pooling.tokenizer import PairTokenizer
 from service.engine.seam import Engine
+from service.engine.shards.team import Team
 from service.engine.task import Pooling, Task
 from service.engine.threads import compute_with, in_own_thread
 from service.logs import draws
 from service.metrics import PrometheusMetrics
 from service.setting_kinds import AdapterSource
 from service.settings import Settings, SettingsError
+from service.sharding import check_settings, start_team
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +71,15 @@ def build_server(settings: Settings) -> Server:
     assert settings.model is not None
     _check_task(settings)
     keys = KeyRing(load_keys(settings.api_key_file) if settings.api_key_file else ())
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or max(1, torch.get_num_threads() // settings.tensor_parallel)
     compute_with(1)
     with ExitStack() as opened:
         # Before the model, which takes longer: a directory that another server owns is known at once.
         names = identify(settings.model, settings.served_model_name, settings.base_alias).names
         store = open_store(settings, reserved=names)
         opened.callback(store.close)
-        base = in_own_thread(threads, partial(_load_base, settings))
+        team = start_team(settings, threads, opened)
+        base = in_own_thread(threads, partial(_load_base, settings, team))
         registry = AdapterRegistry(
             store, base.adapted, base.identity, factor_budget=settings.adapter_memory, device=base.device
         )
@@ -83,9 +87,12 @@ def build_server(settings: Settings) -> Server:
             store.listen(registry.note_changes)
         register_all(registry, settings)
         watcher = _watcher(registry, settings)
-        engine = in_own_thread(threads, partial(build_engine, base, registry, _engine_options(settings))).start()
+        build = partial(build_engine, base, registry, _engine_options(settings), team=team)
+        engine = in_own_thread(threads, build).start()
         compute_with(1)  # as the engine's thread was not: what computes from here on does so alone
         opened.callback(engine.stop)
+        if team is not None:
+            team.on_lost(engine.die)
         state = ServerState(
             settings=_api_settings(settings, base),
             keys=keys,
@@ -93,7 +100,7 @@ def build_server(settings: Settings) -> Server:
             registry=registry,
             engine=engine,
             tokenizer=base.tokenizer,
-            base=_base_info(base, engine.kv_backend),
+            base=_base_info(base, engine.kv_backend, settings.tensor_parallel),
             metrics=PrometheusMetrics(engine, registry, store),
             guidance=Guidance(base.tokenizer.underlying, base.vocabulary, base.eos_token_ids),
             resolver=_resolver(registry, settings),
@@ -127,6 +134,8 @@ def _check_task(settings: Settings) -> None:
         raise SettingsError(f"pooling and normalize are for --task embed, not {task}")
     if task.pools and settings.auto_merge:
         raise SettingsError(f"auto_merge is for --task generate, not {task}: activate with mode merge instead")
+    if settings.tensor_parallel > 1:
+        check_settings(settings)
 
 
 def _pooled(base: LoadedBase) -> PooledServing | None:
@@ -191,7 +200,7 @@ def _name_source(source: Path | str, settings: Settings) -> NameSource:
     return HubSource(HubTemplate.parse(source), settings.max_upload, settings.source_timeout_s)
 
 
-def _load_base(settings: Settings) -> LoadedBase:
+def _load_base(settings: Settings, team: Team | None = None) -> LoadedBase:
     assert settings.model is not None
     log.info("loading the base model", extra={"model": settings.model})
     if settings.log_format == "json" or not draws(sys.stderr):
@@ -207,7 +216,13 @@ def _load_base(settings: Settings) -> LoadedBase:
         task=Task(settings.task),
         pooling=None if settings.pooling is None else Pooling(settings.pooling),
         normalize=settings.normalize,
+        shard=None if team is None else team.shard,
     )
+    if team is not None:
+        try:
+            team.join(base.device)
+        except ShardsLost as error:
+            raise BaseModelError(f"cannot load the base model in parts: {error}; the log says why") from error
     facts = {"model": base.id, "parameters": base.parameters, "dtype": str(base.dtype), "device": str(base.device)}
     facts |= {"quantization": base.quantization or "none", "weight_bytes": base.weight_bytes}
     log.info("loaded the base model", extra={**facts, "context": base.context, "fingerprint": base.fingerprint})
@@ -259,7 +274,7 @@ def _urls(settings: Settings, scheme: str) -> list[str]:
     return [source for source in settings.allow_source if isinstance(source, str) and source.startswith(scheme)]
 
 
-def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:
+def _base_info(base: LoadedBase, kv_backend: str | None, shards: int) -> BaseInfo:
     return BaseInfo(
         id=base.id,
         model_type=base.model_type,
@@ -273,4 +288,5 @@ def _base_info(base: LoadedBase, kv_backend: str | None) -> BaseInfo:
         created=base.created,
         kv_backend=kv_backend,
         eos_token_ids=base.eos_token_ids,
+        shards=shards,
     )

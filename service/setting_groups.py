@@ -8,8 +8,8 @@ from service.settings import SETTINGS, Setting
 
 GROUPS: Mapping[str, Sequence[str]] = {
     "the model": (
-        "model", "task", "served_model_name", "base_alias", "device", "dtype", "quantization", "threads",
-        "pack_weights", "pooling", "normalize",
+        "model", "task", "served_model_name", "base_alias", "device", "dtype", "quantization",
+        "tensor_parallel", "threads", "pack_weights", "pooling", "normalize",
     ),
     "the address": ("host", "port", "cors_origin"),
     "adapters": (

@@ -101,7 +101,15 @@ class Settings:
         "How the model's linear layers are held in memory: int8 (8 bits a weight) or nf4 (4 bits). Adapters run beside "
         "them and cannot be merged.",
     )
-    threads: int = _setting(whole(0), 0, "CPU threads for the model's arithmetic. 0: PyTorch's choice.")
+    tensor_parallel: int = _setting(
+        whole(1),
+        1,
+        "Processes that hold a part of the model each, on CUDA each on its own device, and run every step together. "
+        "Adapters cannot be merged then.",
+    )
+    threads: int = _setting(
+        whole(0), 0, "CPU threads for the model's arithmetic, in each process. 0: PyTorch's choice."
+    )
     pack_weights: bool = _setting(
         BOOLEAN, True, "Whether linear weights on a CPU are rearranged at load as oneDNN wants them: faster, as large."
     )

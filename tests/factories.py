@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -34,11 +35,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 torch.set_num_threads(1)  # on models this small a second thread only costs: five times the time on a busy machine
 
-Arch = Literal["llama", "qwen2", "gpt2", "opt"]
+Arch = Literal["llama", "qwen2", "qwen3", "gemma2", "gpt2", "opt"]
 ModelSource = PreTrainedModel | Callable[[], PreTrainedModel]
 Change = Callable[[dict[str, Any]], object] | Mapping[str, Any]
 
@@ -97,6 +99,17 @@ def tiny_config(arch: Arch, **overrides: Any) -> PretrainedConfig:
     config_class, own = {
         "llama": (LlamaConfig, {"intermediate_size": 128, "num_key_value_heads": 2}),
         "qwen2": (Qwen2Config, {"intermediate_size": 128, "num_key_value_heads": 2}),
+        "qwen3": (Qwen3Config, {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}),
+        "gemma2": (
+            Gemma2Config,
+            {
+                "intermediate_size": 128,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 8,
+            },
+        ),
         "gpt2": (GPT2Config, {"n_inner": 128}),
         "opt": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": overrides.get("hidden_size", 64)}),
     }[arch]

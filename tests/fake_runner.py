@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.low_rank import LowRankBatch
-from service.engine.kv.backend import Blocks
+from service.engine.kv.backend import Blocks, joined
 from service.engine.sequence import RowLength
 
 VOCABULARY = 50
@@ -78,8 +78,8 @@ class FakeRunner:
         assert tokens.numel() == end - start
         return [(tokens, tokens)]
 
-    def write(self, row: int, blocks: Blocks) -> None:
-        self.texts[row] += blocks[0][0].flatten().tolist()
+    def write(self, row: int, *pieces: Blocks) -> None:
+        self.texts[row] += joined(pieces)[0][0].flatten().tolist()
 
     def _token_logits(self, tokens: Sequence[int], batch: LowRankBatch | None) -> Tensor:
         token_logits = torch.zeros(len(tokens), VOCABULARY)

@@ -74,7 +74,8 @@ class BaseInfo:
     """The base model as responses describe it. `created` is a Unix time; `kv_backend` what the engine chose.
 
     `parameters` counts what the weights stand for, `weight_bytes` what they take; `quantization` names how they are
-    stored, None for plainly. `eos_token_ids` end a choice unless the request ignores them.
+    stored, None for plainly. Of its weights each of `shards` processes holds a part. `eos_token_ids` end a choice
+    unless the request ignores them.
     """
 
     id: str
@@ -89,6 +90,14 @@ class BaseInfo:
     weight_bytes: int = 0
     quantization: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    shards: int = 1
+
+    @property
+    def unfoldable(self) -> str | None:
+        """Why no selection can be folded into its weights; None if any can."""
+        if self.quantization is not None:
+            return f"the base model is quantized ({self.quantization})"
+        return f"the base model is held in {self.shards} parts (--tensor-parallel)" if self.shards > 1 else None
 
 
 class InputEncoder(Protocol):

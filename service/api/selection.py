@@ -32,9 +32,9 @@ def resolve(state: ServerState, tenant: str, spec: SelectionSpec) -> Selection:
 
 def check_mergeable(state: ServerState) -> None:
     """Whether selections can be folded into the base at all. Raises MergeUnsupported."""
-    if state.base.quantization is not None:
+    if (reason := state.base.unfoldable) is not None:
         raise MergeUnsupported(
-            f"the base model is quantized ({state.base.quantization}): nothing can be folded into its weights; use "
+            f"{reason}: nothing can be folded into its weights; use "
             "mode 'switch', which serves one adapter and blends alike",
             subject="mode",
         )
@@ -50,8 +50,8 @@ def _active(state: ServerState, tenant: str, mode: Mode | None) -> Selection:
         if state.store.active(tenant) == active:
             raise
         return _active(state, tenant, mode)  # it was deleted, and thereby deactivated, between the two reads
-    if mode is None:  # an activation with merge may be older than the base's quantization
-        mode = Mode.SWITCH if state.base.quantization is not None else Mode(active.mode)
+    if mode is None:  # an activation with merge may be older than that
+        mode = Mode.SWITCH if state.base.unfoldable else Mode(active.mode)
     return Selection((_servable(state, record, record.digest),), mode)
 
 

@@ -45,6 +45,8 @@ from service.engine.quantization import (
 )
 from service.engine.seq2seq.base import Seq2SeqBase
 from service.engine.seq2seq.base import describe as describe_seq2seq
+from service.engine.shards.cutting import cut_model, join_outputs
+from service.engine.shards.plan import Shard, plan_of
 from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
@@ -129,12 +131,19 @@ class Pretrained:
 
 
 def load_pretrained(
-    model: str, *, dtype: str, device: torch.device, quantization: str = NONE, task: Task = Task.GENERATE
+    model: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    quantization: str = NONE,
+    task: Task = Task.GENERATE,
+    at: torch.device | None = None,
 ) -> Pretrained:
     """Loads weights and tokenizer from a directory or by Hub id. Nothing of the model's own code is run.
 
     `dtype` auto is float32 on a CPU and the checkpoint's dtype on CUDA; of a quantized model it is what its activations
-    and the layers that are left as they are have. Raises BaseModelError.
+    and the layers that are left as they are have. With `at` the weights stay there, to be moved to the device later.
+    Raises BaseModelError.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log is no place for one
@@ -150,7 +159,7 @@ def load_pretrained(
         else:
             quantized = loading_arguments(config, quantization, wanted, device)
             loaded = _auto_class(task).from_pretrained(model, dtype=wanted, trust_remote_code=False, **quantized)
-        loaded = (loaded if quantized else loaded.to(device)).eval().requires_grad_(False)
+        loaded = (loaded if quantized else loaded.to(at or device)).eval().requires_grad_(False)
         how = quantization_of(loaded, config, quantization)
         prepare(loaded)
     except SafetensorError as error:
@@ -166,7 +175,7 @@ def _pooling_arguments(
     """What a model that pools is loaded with besides; nothing for one that is not quantized."""
     if quantization == NONE and method_of(config) is None:
         return {}
-    empty, _ = _without_weights(model, task)
+    empty, _ = without_weights(model, task)
     arguments = loading_arguments(config, quantization, dtype, device, kept_plain(task, empty))
     if quantization == NONE:
         leave_new_head(task, empty, config)
@@ -186,17 +195,21 @@ def load_base(
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     pack_weights: bool = True,
+    shard: Shard | None = None,
 ) -> LoadedBase:
     """A base model made ready to serve adapters; see `load_pretrained`. Raises BaseModelError.
 
     `pooling` and `normalize` overrule what the model's files say of embeddings. `pack_weights` lays linear weights on a
-    CPU out for oneDNN.
+    CPU out for oneDNN. With `shard` only that part is held, on the device of its number; what is told of the
+    base is told of the whole.
     """
-    where = pick_device(device)
-    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task)
+    where = pick_device(device) if shard is None else shard.device(pick_device(device))
+    on_host = torch.device("cpu") if shard is not None else where  # what is cut before it goes to its device
+    pretrained = load_pretrained(model, dtype=dtype, device=where, quantization=quantization, task=task, at=on_host)
     config, loaded = pretrained.config, pretrained.model
-    pooled = head = seq2seq = None
+    pooled = head = seq2seq = plan = None
     try:
+        plan = None if shard is None else plan_of(loaded, shard)
         if task.pools:
             head = head_of(loaded, pretrained.untrained) if task is Task.CLASSIFY else None
             pooled = describe(task, model, loaded.config, pretrained.tokenizer, loaded, pooling, normalize)
@@ -206,17 +219,23 @@ def load_base(
         raise BaseModelError(f"{model!r} cannot serve --task {task}: {error}") from error
     identity = identify(model, served_model_name, aliases)
     fingerprint = fingerprint_of(loaded)
-    counted = loaded if pretrained.quantization is None else _without_weights(model, task)[0]
+    counted = loaded if pretrained.quantization is None else without_weights(model, task)[0]
     modules = modules_of(loaded, config)
     parameters = sum(parameter.numel() for parameter in counted.parameters())
     stored_bytes = weight_bytes(loaded)
+    if plan is not None:
+        cut_model(loaded, plan.cuts)
+        loaded.to(where)
     if pack_weights:
         pack_model(loaded)
+    adapted = AdaptedModel(loaded, modules, head, None if plan is None else plan.cuts)
+    if plan is not None:
+        join_outputs(adapted, plan)
     name = served_model_name or served_name(model)
     return LoadedBase(
         id=name,
         model_type=config.model_type,
-        adapted=AdaptedModel(loaded, modules, head),
+        adapted=adapted,
         tokenizer=TextTokenizer(pretrained.tokenizer, pretrained.vocabulary),
         identity=identity,
         device=where,
@@ -242,7 +261,7 @@ def modules_of(model: Any, config: Any) -> BaseModules:
 
 def skeleton(model: str, task: Task = Task.GENERATE) -> BaseModules:
     """The modules of a base model from its config alone: no weights are read. Raises BaseModelError."""
-    return modules_of(*_without_weights(model, task))
+    return modules_of(*without_weights(model, task))
 
 
 def is_encoder_decoder(model: str) -> bool:
@@ -255,7 +274,7 @@ def is_encoder_decoder(model: str) -> bool:
 
 def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     """A base model on the meta device, from its config alone, as adapters are bound to it. Raises BaseModelError."""
-    empty, config = _without_weights(model, task)
+    empty, config = without_weights(model, task)
     try:
         head = head_of(empty, frozenset()) if task is Task.CLASSIFY else None
     except Unservable as error:
@@ -263,7 +282,7 @@ def architecture(model: str, task: Task = Task.GENERATE) -> Architecture:
     return Architecture.of(empty, modules_of(empty, config), empty.base_model_prefix, head)
 
 
-def _without_weights(model: str, task: Task) -> tuple[Any, Any]:
+def without_weights(model: str, task: Task) -> tuple[Any, Any]:
     """(the model on the meta device, its config)."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)

@@ -18,6 +18,9 @@ from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits
 from service.engine.self_test import choose_runner
 from service.engine.seq2seq.build import build_seq2seq_engine
+from service.engine.shards import messages
+from service.engine.shards.leader import lead
+from service.engine.shards.team import Team
 from service.engine.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -49,12 +52,13 @@ def build_engine(
     options: EngineOptions | None = None,
     *,
     graph_backend: GraphBackend | None = None,
+    team: Team | None = None,
 ) -> BatchEngine:
     """An engine that has not been started. Tests first which key-value backend is right for the model.
 
     Where the device has graphs, or with a `graph_backend`, decode steps are captured, for the adapters registered so
-    far and those like them. Raises BaseModelError for a context longer than the model's, for folding into a quantized
-    model, or for a model that cannot be served.
+    far and those like them; not with a `team`, which holds the other parts of the model. Raises BaseModelError for a
+    context longer than the model's, for folding into a quantized model, or for a model that cannot be served.
     """
     options = options or EngineOptions()
     if options.max_context > base.context:
@@ -74,13 +78,17 @@ def build_engine(
         doors = replace(doors, max_context=prompt, max_output=output)
         rows, auto_merge = _limits(options, base.vocabulary), options.auto_merge
         return build_seq2seq_engine(base, registry, rows, doors, kv_memory=options.kv_memory, auto_merge=auto_merge)
+    if team is not None:
+        team.tell(messages.Choose(options.kv_memory, max_context))
     runner, batches = choose_runner(base.adapted, base.device, base.vocabulary, options.kv_memory, max_context)
     log.info("chose the key-value backend", extra={"kv_backend": runner.kv.name, "batches": batches})
     limits = _limits(options, base.vocabulary) if batches else Limits.solo()
-    runner.kv.reserve(limits.max_batch_size + limits.reserve, max_context)
-    attach_graphs(base, runner, registry.layouts, options.graphs, graph_backend)
+    most = limits.max_batch_size + limits.reserve
+    runner.kv.reserve(most, max_context)
+    if team is None:
+        attach_graphs(base, runner, registry.layouts, options.graphs, graph_backend)
     worker = Worker(
-        runner,
+        runner if team is None else lead(runner, team, batches, most, max_context),
         Merger(base.adapted),
         limits,
         base.eos_token_ids,

@@ -183,6 +183,15 @@ class BatchEngine:
             batch=shares_of(running),
         )
 
+    def die(self, error: Exception) -> None:
+        """Ends the engine as if its own thread had met this error."""
+
+        def meet() -> None:
+            if self._state in (EngineState.READY, EngineState.DRAINING):
+                raise error
+
+        self._inbox.put(meet)
+
     def drain(self, timeout_s: float) -> bool:
         with self._changed:
             if self._state is EngineState.READY:

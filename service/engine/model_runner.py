@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.layers import AdaptedModel
 from adapters.low_rank import LowRankBatch
 from service.engine.graphs.decode import DecodeGraphs
-from service.engine.kv.backend import Blocks, KVBackend
+from service.engine.kv.backend import Blocks, KVBackend, joined
 from service.engine.sequence import RowLength
 
 
@@ -68,8 +68,8 @@ class ModelRunner(Protocol):
         """A copy of the keys and values of a row's tokens from `start` to `end`."""
         ...
 
-    def write(self, row: int, blocks: Blocks) -> None:
-        """Appends keys and values read earlier to a row, instead of running their tokens."""
+    def write(self, row: int, *pieces: Blocks) -> None:
+        """Appends keys and values as they were read earlier to a row, instead of running their tokens."""
         ...
 
 
@@ -143,8 +143,8 @@ class TransformersRunner:
         return self.kv.read(row, start, end)
 
     @torch.inference_mode()
-    def write(self, row: int, blocks: Blocks) -> None:
-        self.kv.write(row, blocks)
+    def write(self, row: int, *pieces: Blocks) -> None:
+        self.kv.write(row, joined(pieces))
 
 
 def _padded(tokens: Sequence[Sequence[int]]) -> Tensor:

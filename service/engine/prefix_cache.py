@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from service.engine.kv.backend import Blocks
 
 BLOCK = 16
@@ -35,7 +33,7 @@ class _Node:
 
 
 class PrefixHit:
-    """A cached beginning of a prompt: `tokens` of it, whose state `blocks` holds. Held in the cache until `release`."""
+    """A cached beginning of a prompt: `tokens` of it, whose state is in `pieces`. Held in the cache until `release`."""
 
     def __init__(self, nodes: Sequence[_Node]) -> None:
         self._nodes = nodes
@@ -47,13 +45,9 @@ class PrefixHit:
         return BLOCK * len(self._nodes)
 
     @property
-    def blocks(self) -> Blocks:
-        """The state of all its tokens in one piece."""
-        by_layer = zip(*(node.blocks for node in self._nodes), strict=True)
-        return [
-            (torch.cat([keys for keys, _ in nodes], dim=1), torch.cat([values for _, values in nodes], dim=1))
-            for nodes in by_layer
-        ]
+    def pieces(self) -> list[Blocks]:
+        """The state of its tokens, block by block, as it was read."""
+        return [node.blocks for node in self._nodes]
 
     def release(self) -> None:
         for node in self._nodes:

@@ -180,7 +180,7 @@ class Worker:
         hit = self._prefixes.match(sequence.prefix_owner, sequence.request.prompt_ids)
         with optional("a prefix was not reused"):
             if hit.tokens:
-                self._runner.write(row, hit.blocks)
+                self._runner.write(row, *hit.pieces)
             sequence.prefilled = sequence.cached = hit.tokens
             self.prefix_tokens += hit.tokens
         hit.release()

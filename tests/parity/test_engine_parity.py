@@ -31,6 +31,7 @@ from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from service.engine.graphs.capture import GraphBackend
 from service.engine.selection import Mode, SelectedAdapter, Selection
 from service.engine.sequence import GenerationRequest, SamplingParams
+from service.engine.shards.team import Team
 from tests.factories import AdapterSpec, Arch, make_adapter, peft_greedy, peft_reference, save_model, tiny_model
 from tests.lora_factory import make_lora
 
@@ -80,10 +81,14 @@ class Bench:
 
     @contextmanager
     def engine(
-        self, dtype: str = "auto", graph_backend: GraphBackend | None = None, **options: Any
+        self, dtype: str = "auto", graph_backend: GraphBackend | None = None, team: Team | None = None, **options: Any
     ) -> Iterator[BatchEngine]:
+        """With a `team` of this process and others, over the model in parts; the caller's to close."""
         with ExitStack() as opened:
-            base = load_base(str(self.folder / "base"), dtype=dtype, device="cpu")
+            shard = None if team is None else team.shard
+            base = load_base(str(self.folder / "base"), dtype=dtype, device="cpu", shard=shard)
+            if team is not None:
+                team.join(base.device)
             store = AdapterStore(self.folder / f"data-{len(list(self.folder.iterdir()))}")
             opened.callback(store.close)
             registry = AdapterRegistry(
@@ -94,7 +99,7 @@ class Bench:
                     shutil.copytree(path, staged, dirs_exist_ok=True)
                     record = registry.register("", name.partition(",")[0], staged, replace=True)
                 self.digests[name] = record.digest
-            engine = build_engine(base, registry, EngineOptions(**options), graph_backend=graph_backend)
+            engine = build_engine(base, registry, EngineOptions(**options), graph_backend=graph_backend, team=team)
             opened.callback(engine.stop)
             yield engine.start()
             engine.stop()

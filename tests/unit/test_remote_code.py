@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "from_config"}
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "import_module", "pickle", "torch.load", "yaml.load"}
 OPTION = "trust_remote_code"
+OWN_PIPES = ROOT / "service" / "engine" / "shards" / "messages.py"  # between a server and the processes it starts
 
 
 def calls() -> Iterator[tuple[Path, ast.Call, str]]:
@@ -52,6 +53,10 @@ def test_the_option_is_written_nowhere_else() -> None:
 def test_nothing_is_unpickled_or_evaluated() -> None:
     for source, call, name in calls():
         assert name not in RUNS_CODE, f"{source}:{call.lineno}: {name}"
+        if source == OWN_PIPES and name.startswith("pickle."):
+            from_pipe = ast.unparse(call).startswith("pickle.loads(connection.recv_bytes()")
+            assert name == "pickle.dumps" or from_pipe, f"{source}:{call.lineno}"
+            continue
         assert name.partition(".")[0] not in {"pickle", "marshal", "shelve", "dill"}, f"{source}:{call.lineno}"
 
 

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
 # One row's keys and values of a run of tokens, by layer: ([heads, tokens, features], the same).
 Blocks = list[tuple[Tensor, Tensor]]
+
+
+def joined(pieces: Sequence[Blocks]) -> Blocks:
+    """Runs of one row's tokens that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    by_layer = zip(*pieces, strict=True)
+    return [(torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1)) for layer in by_layer]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

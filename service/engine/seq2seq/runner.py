@@ -140,5 +140,5 @@ class Seq2SeqRunner:
     def read(self, row: int, start: int, end: int) -> Blocks:
         raise NotImplementedError("outputs have no beginnings in common that would be worth keeping")
 
-    def write(self, row: int, blocks: Blocks) -> None:
+    def write(self, row: int, *pieces: Blocks) -> None:
         raise NotImplementedError("outputs have no beginnings in common that would be worth keeping")

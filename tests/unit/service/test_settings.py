@@ -63,7 +63,7 @@ class TestPrecedence:
             "adapters_dir_interval_s": "12", "api_key_file": "/keys",
             "metrics_public": "false", "cors_origin": "https://a.example:8443", "log_format": "json",
             "log_prompts": "true", "log_level": "debug", "pack_weights": "false", "task": "embed",
-            "pooling": "cls", "normalize": "false", "pooled_tokens": "100",
+            "pooling": "cls", "normalize": "false", "pooled_tokens": "100", "tensor_parallel": "2",
         }[setting.name]  # fmt: skip
         config.write_text(f'{setting.flag[2:]} = "{text}"\n')
         flag = load({setting.name: [text] if setting.repeatable else text})

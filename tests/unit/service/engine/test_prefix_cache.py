@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from service.engine.kv.backend import Blocks
+from service.engine.kv.backend import Blocks, joined
 from service.engine.prefix_cache import BLOCK, PrefixCache, PrefixHit, common_blocks
 
 BLOCK_BYTES = BLOCK * 8 * 2
@@ -50,7 +50,7 @@ def found(cache: PrefixCache, owner: object, tokens: Sequence[int]) -> int:
 
 def check_state(hit: PrefixHit, owner: object, tokens: Sequence[int]) -> None:
     if hit.tokens:
-        for mine, right in zip(hit.blocks[0], state(owner, tokens)(0, hit.tokens)[0], strict=True):
+        for mine, right in zip(joined(hit.pieces)[0], state(owner, tokens)(0, hit.tokens)[0], strict=True):
             assert torch.equal(mine, right)
 
 
