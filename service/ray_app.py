@@ -131,7 +131,8 @@ def engine_options(settings: Settings) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": settings.drain_timeout_s + LAST_WORDS_S,
         "health_check_period_s": 5.0,
         "request_router_config": RequestRouterConfig(
-            request_router_class=ROUTER, request_router_kwargs={"reserve": RESERVE}
+            request_router_class=ROUTER,
+            request_router_kwargs={"reserve": RESERVE, "places": settings.max_batch_size},
         ),
     }
 

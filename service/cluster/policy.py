@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def affinity_key(digests: Iterable[str]) -> str | None:
@@ -31,13 +31,15 @@ def with_room(loads: Mapping[str, int | None], limit: int) -> list[str]:
     return [replica for replica, load in loads.items() if load is None or load < limit]
 
 
-def ranks(key: str | None, replicas: Sequence[str], pick: random.Random) -> list[list[str]]:
+def ranks(key: str | None, replicas: Sequence[str], pick: random.Random, busy: Collection[str] = ()) -> list[list[str]]:
     """Groups of replicas to try one after the other; within a group, the one with the least to do.
 
-    With a key: one by one, its own first. Without: two at random, which is nearly as good as the best of all and does
+    With a key: one by one, its own first, and those that are `busy`, where it would wait, behind the others: a compose
+    elsewhere takes less than a queue does. Without: two at random, which is nearly as good as the best of all and does
     not send everybody to the same one; then the others.
     """
     if key is not None:
-        return [[replica] for replica in rendezvous(key, replicas)]
+        order = rendezvous(key, replicas)
+        return [[replica] for replica in sorted(order, key=lambda replica: replica in busy)]
     shuffled = pick.sample(replicas, len(replicas))
     return [group for group in (shuffled[:2], shuffled[2:]) if group]

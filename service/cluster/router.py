@@ -27,10 +27,12 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
     """Sends a `Forwarded` where its adapters are; when no replica has room, refuses it instead of holding it.
 
     Of a replica's `max_ongoing_requests`, `reserve` are for what takes no place in an engine: looking, uploading.
+    Beyond `places` requests at a replica, the next one waits there.
     """
 
-    def initialize_state(self, reserve: int = 0) -> None:
+    def initialize_state(self, reserve: int = 0, places: int | None = None) -> None:
         self._reserve = reserve
+        self._places = places
         self._pick = random.Random()
         routing.ROUTERS.add(self)
 
@@ -56,11 +58,20 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
                 self._refuse(pending_request)
                 return []
         names = free or list(by_name)
-        groups = ranks(None if request is None else request.affinity, names, self._pick)
+        groups = ranks(None if request is None else request.affinity, names, self._pick, self._busy(by_name))
         return [[by_name[name] for name in group] for group in groups]
 
+    def _loads(self, by_name: dict[str, RunningReplica]) -> dict[str, int | None]:
+        return {name: self._replica_queue_len_cache.get(each.replica_id) for name, each in by_name.items()}
+
+    def _busy(self, by_name: dict[str, RunningReplica]) -> set[str]:
+        if self._places is None:
+            return set()
+        loads = self._loads(by_name)
+        return set(loads).difference(with_room(loads, self._places))
+
     def _free(self, by_name: dict[str, RunningReplica], reserve: int) -> list[str]:
-        loads = {name: self._replica_queue_len_cache.get(each.replica_id) for name, each in by_name.items()}
+        loads = self._loads(by_name)
         most = min((each.max_ongoing_requests for each in by_name.values()), default=0)
         return with_room(loads, max(1, most - reserve))
 

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import fleet
 from benchmarks.fleets.figures import first_uses_per_s, moved_adapters, summary
-from benchmarks.fleets.policies import POLICIES, Fleet, Homes, adapter_key, bounded, replica_name, spill_when_full
+from benchmarks.fleets.policies import POLICIES, Fleet, Homes, adapter_key, bounded, replica_name, spill_when_busy
 from benchmarks.fleets.replicas import Memory, Replica
 from benchmarks.fleets.simulation import FleetShape, Loss, Ran, Simulation
 from benchmarks.fleets.traffic import Traffic, make_traffic, zipf_shares
@@ -119,9 +119,11 @@ def test_the_simulated_router_decides_as_the_router_does(seed: int) -> None:
     fleet = Fleet(Homes(SHAPE.replicas), SHAPE.places, SHAPE.most, random.Random(0))
     loads = [draw.choice([0, SHAPE.places, SHAPE.most - 1, SHAPE.most]) for _ in range(SHAPE.replicas)]
     living = sorted(draw.sample(range(SHAPE.replicas), draw.randint(1, SHAPE.replicas)))
-    free = with_room({replica_name(number): loads[number] for number in living}, SHAPE.most)
-    groups = ranks(adapter_key(seed), free, random.Random(0))
-    chosen = spill_when_full(fleet, seed, loads, living)
+    named: dict[str, int | None] = {replica_name(number): loads[number] for number in living}
+    free = with_room(named, SHAPE.most)
+    busy = set(named).difference(with_room(named, SHAPE.places))
+    groups = ranks(adapter_key(seed), free, random.Random(0), busy)
+    chosen = spill_when_busy(fleet, seed, loads, living)
     assert (None if chosen is None else replica_name(chosen)) == (groups[0][0] if groups else None)
 
 

@@ -50,6 +50,14 @@ def test_with_adapters_one_by_one_in_rendezvous_order() -> None:
     assert groups == [[name] for name in rendezvous(KEYS[0], REPLICAS)]
 
 
+def test_where_it_would_wait_it_goes_last() -> None:
+    order = rendezvous(KEYS[0], REPLICAS)
+    busy = {order[0], order[2]}
+    groups = ranks(KEYS[0], REPLICAS, random.Random(0), busy)
+    assert groups == [[name] for name in (order[1], order[3], order[4], order[0], order[2])]
+    assert ranks(KEYS[0], REPLICAS, random.Random(0), set(REPLICAS)) == [[name] for name in order]
+
+
 def test_a_full_replica_spills_to_the_next() -> None:
     first, second, *_ = rendezvous(KEYS[0], REPLICAS)
     loads: dict[str, int | None] = {**dict.fromkeys(REPLICAS, 0), first: 4}
