@@ -52,7 +52,8 @@ class Replicated:
         self.keys = KeyRing(load_keys(settings.api_key_file) if settings.api_key_file else ())
         store = settings.store or f"file://{settings.data_dir.absolute()}/objects"
         self._resources = resources_of(settings)
-        self._settings = replace(settings, store=store, threads=settings.threads or int(self._resources["num_cpus"]))
+        threads = settings.threads or max(1, self._resources["num_cpus"] // settings.tensor_parallel)
+        self._settings = replace(settings, store=store, threads=threads)
         self._opened = ExitStack()
 
     def __enter__(self) -> Replicated:
@@ -115,12 +116,13 @@ def _end_replicas() -> None:
 
 
 def resources_of(settings: Settings) -> dict[str, int]:
-    """What of this machine each replica gets. Raises SettingsError where GPUs are too few."""
+    """What of this machine each replica gets, for all of its processes. Raises SettingsError where GPUs are too few."""
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
-    if 0 < gpus < settings.replicas:
+    each = settings.tensor_parallel
+    if 0 < gpus < settings.replicas * each:
         raise SettingsError(
-            f"replicas is {settings.replicas} and this machine has {gpus} GPUs: each replica needs one; set --device "
-            "cpu to use none"
+            f"replicas is {settings.replicas} and this machine has {gpus} GPUs: each replica needs {each}; set "
+            "--device cpu to use none"
         )
     cpus = max(1, (os.cpu_count() or 1) // settings.replicas)
-    return {"num_cpus": cpus, "num_gpus": 1 if gpus else 0}
+    return {"num_cpus": cpus, "num_gpus": each if gpus else 0}
