@@ -24,6 +24,7 @@ from service.api.keys import KeyRing
 from service.api.stats import show_stats
 from service.assembly import build_server, load_keys, open_store
 from service.cluster.ingress import Ingress as IngressApp
+from service.cluster.key_file import KeyFile
 from service.cluster.log_lines import LineSender
 from service.cluster.messages import Facts, Forwarded, Message
 from service.cluster.metrics import IngressMetrics
@@ -35,6 +36,7 @@ from service.settings import Settings, SettingsError, load_settings
 
 ROUTER = "service.cluster.router:AffinityRouter"
 RESERVE = 32  # requests at once that take no place in an engine
+ASKED_S = 4.0
 LAST_WORDS_S = 10.0  # after the drain
 _MOST_AT_INGRESS = 10_000
 
@@ -68,7 +70,8 @@ class Engine:
         """(what this replica is called in metrics, the answer)."""
         answers = {"metrics": self._metrics, "stats": self._stats}
         name = str(serve.get_replica_context().rank.rank)
-        return name, await asyncio.to_thread(answers[question], *arguments)
+        answer = asyncio.to_thread(answers[question], *arguments)
+        return name, await asyncio.wait_for(answer, ASKED_S)  # one that is stuck must not keep the others' answers back
 
     def _metrics(self, reader: str | None) -> str:
         return self._server.state.metrics.render(reader)[0].decode()
@@ -96,10 +99,13 @@ class Front:
         self._settings = settings
         self._replicas = RayReplicas(engines)
         self._keys = KeyRing(load_keys(settings.api_key_file) if settings.api_key_file else ())
+        self._key_file = KeyFile(settings.api_key_file, self._keys) if settings.api_key_file else None
         self._app: IngressApp | None = None
         self._building = asyncio.Lock()
 
     async def __call__(self, request: Request) -> Response:
+        if self._key_file is not None:
+            self._key_file.look()
         return _Answer(await self._built())
 
     async def _built(self) -> IngressApp:

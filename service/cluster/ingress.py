@@ -21,6 +21,7 @@ from starlette.types import Message as AsgiMessage
 
 from adapters.errors import StoreError
 from adapters.store import SHARED, Store
+from service.api.access import Access, access_to
 from service.api.deps import ApiSettings
 from service.api.disconnect import unless_disconnected
 from service.api.errors import CLIENT_DISCONNECTED, ApiError, ErrorResponse, note_error, request_id_of
@@ -43,7 +44,6 @@ _TRAVELLING = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "client",
     "server",
 )  # fmt: skip
-_LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
 _RETRY_AFTER_S = 1
 _DONE = DONE.encode()
 _ATTEMPTS = 2
@@ -112,8 +112,10 @@ class Ingress:
 
     async def _forward(self, request: Forwarded, scope: Scope, send: Send) -> None:
         """Has it answered, by a second replica if the first is lost before anything was sent and twice does no harm."""
-        repeatable = request.generates or request.scope["method"] in _LOOKING
-        exchange = _Exchange(scope, send, self._after_change if not repeatable else None)
+        asked = request.scope["method"], route_path(scope)
+        changes = access_to(*asked, metrics_public=False) is Access.ADMIN
+        repeatable = not changes
+        exchange = _Exchange(scope, send, self._after_change if changes else None)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self.work.may_be_ended()

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import os
 import secrets
+import tempfile
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -59,7 +61,8 @@ class Replicated:
     def __enter__(self) -> Replicated:
         with self._opened:
             self._lines = self._opened.enter_context(LogLines())
-            self._start_ray()
+            private = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="vblora-ray-")))
+            self._start_ray(private / "ray")
             self._opened.callback(ray.shutdown)
             self._opened.callback(_end_replicas)
             replicas = RayReplicas(self._start_replicas())
@@ -76,10 +79,12 @@ class Replicated:
     ) -> None:
         self._opened.close()
 
-    def _start_ray(self) -> None:
+    def _start_ray(self, directory: Path) -> None:
+        """Ray opens its directory to everybody on the machine, sockets and all; the one that holds it is not."""
         each = self._resources
         ray.init(
             address="local",
+            _temp_dir=str(directory),
             num_cpus=each["num_cpus"] * self._settings.replicas + 1,
             num_gpus=each["num_gpus"] * self._settings.replicas,
             object_store_memory=_OBJECTS_BYTES + self._settings.max_upload,

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+_PATIENCE_S = 1.0  # of an engine whose lines are not taken
 _MOST_BYTES = 1 << 16  # a datagram's; a longer line is several
 
 
@@ -28,8 +29,10 @@ class LogLines:
 
     def _read(self) -> None:
         while data := self._socket.recv(_MOST_BYTES):
-            sys.stderr.write(data.decode(errors="replace"))
-            sys.stderr.flush()
+            # A line that cannot be written is lost. Whoever sends must not wait for a reader that has ended.
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(data.decode(errors="replace"))
+                sys.stderr.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -48,6 +51,7 @@ class LineSender(io.StringIO):
         super().__init__()
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(_PATIENCE_S)
 
     def write(self, text: str) -> int:
         data = text.encode(errors="backslashreplace")

@@ -34,6 +34,7 @@ class Replica:
         self._store = state.store
         self._load = load
         self._seen: dict[str, int] = {}
+        self._catching_up = asyncio.Lock()
 
     async def answer(self, request: Forwarded) -> AsyncGenerator[list[Message], None]:
         """Everything that the app sends, as much as there is each time. Closing it tells the app that its client has
@@ -57,9 +58,12 @@ class Replica:
         refresh = getattr(self._store, "refresh", None)
         if refresh is None or self._seen.get(ingress, 0) >= changes:
             return
-        with suppress(StoreError):  # counted by the store; what is known here is served on
-            await to_thread.run_sync(refresh)
-            self._seen[ingress] = max(changes, self._seen.get(ingress, 0))
+        async with self._catching_up:  # one for all that wait
+            if self._seen.get(ingress, 0) >= changes:
+                return
+            with suppress(StoreError):  # counted by the store; what is known here is served on
+                await to_thread.run_sync(refresh)
+            self._seen[ingress] = changes  # even so: a store that does not answer is not asked for every request
 
 
 def _tail(scope: Scope) -> Tail:

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from adapters.errors import StoreUnavailable
 from service.api.keys import ApiKey, KeyRing
 from service.cluster import ingress as ingress_module
 from service.cluster.ingress import Ingress
@@ -192,6 +193,29 @@ def test_changes_are_counted_for_the_replicas(front: Front) -> None:
     front.client.post("/v1/adapters", data={"name": "sql"}, files=files)  # refused: nothing has changed
     front.generate(adapter="sql")
     assert front.replicas.asked[-1][1].seen[1] == 1
+
+
+def test_only_what_an_admin_does_is_a_change(front: Front) -> None:
+    refreshed: list[int] = []
+    front.server.store.refresh = lambda: refreshed.append(1)  # type: ignore[attr-defined]
+    assert front.client.post("/tokenize", json={"prompt": "hi"}).status_code == 200
+    front.generate(adapter="base")
+    assert (refreshed, front.replicas.asked[-1][1].seen[1]) == ([], 0)
+
+
+def test_a_store_that_does_not_answer_is_not_asked_for_every_request(front: Front) -> None:
+    asked: list[int] = []
+
+    def refresh() -> None:
+        asked.append(1)
+        raise StoreUnavailable("the storage is away")
+
+    front.server.store.refresh = refresh  # type: ignore[attr-defined]
+    files = {name: (name, data) for name, data in front.server.form().items()}
+    front.client.post("/v1/adapters", data={"name": "sql"}, files=files)
+    for _ in range(8):
+        assert front.generate(adapter="sql").status_code == 200
+    assert len(asked) <= 1 + 2, "the ingress, and each replica once"
 
 
 def test_draining(front: Front) -> None:

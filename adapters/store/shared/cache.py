@@ -94,6 +94,10 @@ class BlobCache:
                     self.drop(digest)
                     self._bring(digest, bring)
                     lock = _locked(path, fcntl.LOCK_SH)
+                    if not _is(path, digest):  # another process reads it, so that it could not be taken away
+                        raise StoreUnavailable(
+                            f"the copy of {digest} on this machine is damaged and in use: try again", subject=digest
+                        )
             with suppress(OSError):
                 os.utime(path)
             yield path

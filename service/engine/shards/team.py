@@ -87,10 +87,15 @@ class Team:
     def tell(self, message: object) -> None:
         """Sends a message to every follower. Raises ShardsLost."""
         for rank, connection in enumerate(self._connections, 1):
+            # One that stands still takes nothing; a pipe that is full would hold the engine for ever.
+            limit = threading.Timer(self._timeout_s, self._processes[rank - 1].kill)
+            limit.start()
             try:
                 messages.send(connection, message)
             except OSError as error:
                 raise self._gone(rank) from error
+            finally:
+                limit.cancel()
 
     def receive(self) -> list[Any]:
         """A message of every follower, however long that takes. Raises ShardsLost."""
