@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -100,7 +100,9 @@ class Habits:
             case "held":
                 await asyncio.Event().wait()
             case "interrupt":
-                os.kill(os.getpid(), signal.SIGINT)
+                main_thread = threading.main_thread().ident
+                assert main_thread is not None
+                signal.pthread_kill(main_thread, signal.SIGINT)  # to the process, this thread may get it
                 await asyncio.Event().wait()
         return StreamingResponse(self._send(events), media_type="text/event-stream")
 
