@@ -60,7 +60,9 @@ def test_the_dashboard_asks_in_promql(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with demo_server(tmp_path_factory.mktemp("data")) as server:
+    """On a shared store, as the dashboard has charts of one."""
+    store = f"file://{tmp_path_factory.mktemp('store')}"
+    with demo_server(tmp_path_factory.mktemp("data"), "--store", store) as server:
         yield server
 
 
