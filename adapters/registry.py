@@ -1,4 +1,4 @@
-"""The adapters that are live on one base model: taken in, checked, loaded when first needed, pinned while in use.
+"""The adapters that are live on one base model: taken in, loaded when first needed, pinned while in use, evicted.
 
 The store keeps files and names; the registry keeps what running requests need. An adapter's compact tensors stay in
 memory from its first use, with one bank for all that have equal ones; its factors are composed when needed and evicted,
@@ -10,23 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters.binding import (
-    BaseIdentity,
-    blend_origin,
-    check_base_name,
-    check_layout,
-    check_range,
-)
+from adapters.binding import BaseIdentity, blend_origin
 from adapters.blend import weighted_sum
 from adapters.composing import composed
 from adapters.errors import (
@@ -34,62 +27,20 @@ from adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
     AdapterUnavailable,
-    BaseModelMismatch,
     CheckpointError,
     StoreError,
 )
 from adapters.factors import AdapterFactors
 from adapters.heads import ClassifierHead
+from adapters.intake import AdapterIntake
 from adapters.layers import AdaptedModel
 from adapters.lora import ServedCheckpoint
-from adapters.reading import AnyCheckpoint, AnyLayout, as_served, describe, read_adapter, read_adapter_layout
+from adapters.reading import AnyLayout, as_served, describe
 from adapters.shared_banks import SharedBanks, bytes_together
-from adapters.store import AdapterRecord, AdapterVersion, Store, digest_of
+from adapters.status import AdapterState, AdapterStatus, RegistryStats
+from adapters.store import AdapterRecord, Store
 
 log = logging.getLogger(__name__)
-
-_LAYOUTS_KEPT = 32
-
-
-class AdapterState(StrEnum):
-    """STORED: on disk. LOADING: being read and composed. READY: its factors are in memory. FAILED: cannot be served."""
-
-    STORED = "STORED"
-    LOADING = "LOADING"
-    READY = "READY"
-    FAILED = "FAILED"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterStatus:
-    """How one version stands. `reason` says why it FAILED; `last_used` is a Unix time, None if never.
-
-    `resident_bytes` are what it would take alone: with its bank, whoever else has that too.
-    """
-
-    state: AdapterState
-    reason: str | None
-    resident_bytes: int
-    pins: int
-    last_used: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryStats:
-    """Counts since start: pins that found factors in memory (`hits`) or did not (`misses`), and what that led to.
-
-    `evictions` are of factors, for want of room; `composes` took `compose_s` seconds together. Beside them the versions
-    that are at this moment being loaded, that have their factors in memory, and that cannot be served.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    composes: int = 0
-    compose_s: float = 0.0
-    loading: int = 0
-    ready: int = 0
-    failed: int = 0
 
 
 @dataclass(slots=True)
@@ -124,14 +75,13 @@ class AdapterRegistry:
     ) -> None:
         self._store = store
         self._model = model
-        self._identity = identity
+        self._intake = AdapterIntake(store, model, identity)
         self._budget = factor_budget
         self._device = device
         self._banks = SharedBanks(device)
         self._live: OrderedDict[str, _Live] = OrderedDict()  # least recently used first
         self._compact_bytes: int | None = None  # of all of them; None: not added up since one changed
         self._changed = threading.Condition()
-        self._fitting: deque[AnyLayout] = deque(maxlen=_LAYOUTS_KEPT)
         self._hits = self._misses = self._evictions = self._composes = 0
         self._compose_s = 0.0
 
@@ -142,7 +92,7 @@ class AdapterRegistry:
     @property
     def layouts(self) -> list[AnyLayout]:
         """The layouts of adapters seen so far, each once; of many, the last."""
-        return list(self._fitting)
+        return self._intake.layouts
 
     @property
     def head(self) -> ClassifierHead | None:
@@ -159,7 +109,7 @@ class AdapterRegistry:
             return 0
         failures = 0
         for tenant, name, version in self._store.all_versions():
-            if (error := self._fault_of(version)) is not None:
+            if (error := self._intake.fault_of(version)) is not None:
                 failures += 1
                 self._fail(version.digest, error)
                 log.warning("adapter %r (tenant %r, %s): %s", name, tenant, version.digest, error.message)
@@ -181,11 +131,9 @@ class AdapterRegistry:
 
         Raises CheckpointError for an adapter that cannot be served here, AdapterExists, InvalidName or StorageFull.
         """
-        layout = read_adapter_layout(staged)
-        warnings = self._check(layout, allow_base_mismatch=allow_base_mismatch)
+        layout, warnings = self._intake.staged_layout(staged, allow_base_mismatch=allow_base_mismatch)
         self._check_size(layout)  # before a tensor is read
-        checkpoint = read_adapter(staged)
-        check_range(checkpoint.extras, self._model)
+        checkpoint = self._intake.staged(staged)
         info = {**describe(checkpoint, warnings), "base_mismatch_allowed": allow_base_mismatch, **(provenance or {})}
         compact = self._banks.shared(as_served(checkpoint))
         del checkpoint  # and its own copy of a bank that others have
@@ -268,7 +216,7 @@ class AdapterRegistry:
         if live is None or live.compact is None:
             return 0
         layout = live.compact.layout
-        factors = live.factors.nbytes if live.factors is not None else factor_bytes(layout)
+        factors = live.factors.nbytes if live.factors is not None else _most_bytes(layout)
         return factors + self._banks.most_copied(layout)
 
     def unpin(self, digest: str) -> None:
@@ -340,40 +288,11 @@ class AdapterRegistry:
                 failed=states[AdapterState.FAILED],
             )
 
-    def _fault_of(self, version: AdapterVersion) -> AdapterError | None:
-        try:
-            with self._store.reading(version.digest) as directory:
-                layout = read_adapter_layout(_verified(directory, version.digest))
-            if not version.info.get("base_mismatch_allowed"):
-                check_base_name(layout.config.base_model_name_or_path, self._identity)
-            self._check_layout(layout)
-        except AdapterError as error:
-            return error
-        except OSError as error:  # one bad file must not keep the server from starting
-            return AdapterUnavailable(f"its files cannot be read: {error.strerror or error}", subject=version.digest)
-        return None
-
     def _digests(self, tenant: str, name: str) -> list[str]:
         try:
             return [version.digest for version in self._store.get(tenant, name).versions]
         except AdapterNotFound:
             return []
-
-    def _check(self, layout: AnyLayout, *, allow_base_mismatch: bool) -> list[str]:
-        try:
-            warning = check_base_name(layout.config.base_model_name_or_path, self._identity)
-        except BaseModelMismatch as error:
-            if not allow_base_mismatch:
-                raise
-            warning = f"taken although {error.message}"
-        self._check_layout(layout)
-        return [warning] if warning else []
-
-    def _check_layout(self, layout: AnyLayout) -> None:
-        """Holds a layout against the base, once: adapters of one family share theirs."""
-        if not any(layout is known for known in self._fitting):
-            check_layout(layout, self._model)
-            self._fitting.append(layout)
 
     def _load(self, digest: str, live: _Live) -> AdapterFactors:
         """Composes the factors outside the lock; whoever else wants them waits for `loading` to end."""
@@ -403,31 +322,14 @@ class AdapterRegistry:
         return factors
 
     def _read(self, digest: str) -> ServedCheckpoint:
-        with self._store.reading(digest) as directory:
-            try:
-                checkpoint = read_adapter(_verified(directory, digest))
-            except (AdapterError, OSError) as error:
-                if directory.is_dir():
-                    raise
-                raise AdapterNotFound("the adapter was deleted", subject=digest) from error
-        self._check_layout(checkpoint.layout)
-        if not self._store.checked_at_start:
-            self._check_first_use(digest, checkpoint)
-        return self._banks.shared(as_served(checkpoint))
-
-    def _check_first_use(self, digest: str, checkpoint: AnyCheckpoint) -> None:
-        """What a check at start would have found; and another server, with a base of its own, may have taken it in."""
-        infos = self._store.infos(digest)
-        if infos and not any(info.get("base_mismatch_allowed") for info in infos):
-            check_base_name(checkpoint.config.base_model_name_or_path, self._identity)
-        check_range(checkpoint.extras, self._model)
+        return self._banks.shared(as_served(self._intake.stored(digest)))
 
     def _compose(self, digest: str, compact: ServedCheckpoint) -> AdapterFactors:
         self._check_size(compact.layout)
         return composed(digest, compact, self._model, self._banks, self._device)
 
     def _check_size(self, layout: AnyLayout) -> None:
-        size = factor_bytes(layout) + self._banks.most_copied(layout)
+        size = _most_bytes(layout) + self._banks.most_copied(layout)
         if size > self._budget:
             raise AdapterTooLarge(
                 f"the adapter takes {size:,} bytes when it is used, but adapters may take {self._budget:,} in all; "
@@ -455,14 +357,7 @@ class AdapterRegistry:
             self._live.setdefault(digest, _Live()).failure = error
 
 
-def _verified(directory: Path, digest: str) -> Path:
-    """The directory of a version. Raises AdapterUnavailable if its files are not those that were uploaded."""
-    if digest_of(directory) != digest:
-        raise AdapterUnavailable("its files on disk have changed since the upload; upload it again", subject=digest)
-    return directory
-
-
-def factor_bytes(layout: AnyLayout) -> int:
+def _most_bytes(layout: AnyLayout) -> int:
     """What an adapter takes at most when it is composed: its factors in float32, and the parameters it replaces."""
     return 4 * layout.parameters().lora_params + sum(spec.nbytes for spec in layout.extras)
 

@@ -14,7 +14,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from adapters.errors import AdapterError
-from adapters.registry import AdapterRegistry, AdapterState
+from adapters.registry import AdapterRegistry
+from adapters.status import AdapterState
 from adapters.store import SHARED, AdapterStore, Store
 from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared.s3 import SCHEME as S3_SCHEME

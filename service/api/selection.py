@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidSelection, MergeUnsupported
-from adapters.registry import AdapterState
+from adapters.status import AdapterState
 from adapters.store import SHARED, AdapterRecord
 from service.api.deps import ServerState
 from service.engine.selection import Mode, SelectedAdapter, Selection, SelectionSpec, WeightedName

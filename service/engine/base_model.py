@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from adapters.layers import AdaptedModel
 from adapters.merged_model import Architecture
 from adapters.quantized import holds_quantized
 from adapters.targets import BaseModules
+from service.engine.context import context_of
 from service.engine.packing import pack_model
 from service.engine.pooling.base import (
     AUTO_CLASSES,
@@ -50,10 +50,7 @@ from service.engine.shards.plan import Shard, plan_of
 from service.engine.task import Pooling, Task
 from service.engine.tokenizer import TextTokenizer
 
-log = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_CONTEXT = 4096  # for the few architectures whose config names no limit (ALiBi)
 
 # A snapshot in the Hugging Face cache: models--org--name/snapshots/<commit>
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
@@ -240,7 +237,7 @@ def load_base(
         identity=identity,
         device=where,
         dtype=loaded.dtype,
-        context=_context(config, pooled) if seq2seq is None else seq2seq.context,
+        context=context_of(config, pooled) if seq2seq is None else seq2seq.context,
         vocabulary=pretrained.vocabulary,
         eos_token_ids=frozenset() if task.pools else pretrained.eos_token_ids,
         parameters=parameters,
@@ -367,38 +364,3 @@ def fingerprint_of(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _context(config: Any, pooled: PooledBase | None) -> int:
-    """The most tokens of a row.
-
-    With LongRoPE, no more than the model was first trained on: beyond, the longest row of a batch decides how the
-    positions of all are turned, and those cached before were turned otherwise.
-    """
-    text = config.get_text_config()
-    longest = _longest(text)
-    limit = min([longest, *_lengths_that_change_positions(text)])
-    if limit < longest:
-        log.warning("%s turns positions otherwise beyond %d tokens: that is the context", config.model_type, limit)
-    return min(limit, (pooled and pooled.context) or limit)
-
-
-def _lengths_that_change_positions(config: Any) -> Iterator[int]:
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        given,
-        *(each for each in given.values() if isinstance(each, dict)),
-    ]  # one for all layers, or by their kind
-    for kind in kinds:
-        if kind.get("rope_type") == "longrope":
-            own = getattr(config, "original_max_position_embeddings", None)
-            length = kind.get("original_max_position_embeddings") or own
-            if isinstance(length, int) and length > 0:
-                yield length
-
-
-def _longest(text: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
-        if isinstance(length := getattr(text, name, None), int) and length > 0:
-            return length
-    return DEFAULT_CONTEXT

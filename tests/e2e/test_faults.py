@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters import registry as registry_module
+from adapters import intake as intake_module
 from benchmarks.load.client import Ending, LoadClient, Outcome, by_ending
 from benchmarks.load.plan import Ask, Leaving, Mix
 from service.api.generation import EventStream
@@ -196,14 +196,14 @@ def _on_disk(server: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = server.registry
     digest = registry.store.get("", "guilty").digest
     registry._live.pop(digest, None)
-    digest_of = registry_module.digest_of
+    digest_of = intake_module.digest_of
 
     def failing(directory: Path) -> str:
         if directory == registry.store.path(digest):
             raise OSError(errno.EIO, "Input/output error")
         return digest_of(directory)
 
-    monkeypatch.setattr(registry_module, "digest_of", failing)
+    monkeypatch.setattr(intake_module, "digest_of", failing)
 
 
 def _in_loader(server: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from adapters.registry import AdapterState, AdapterStatus
+from adapters.status import AdapterState, AdapterStatus
 from adapters.store import SHARED, Activation, AdapterRecord
 from service.api.schemas.common import QueryModel, RequestModel, ResponseModel, Text
 from service.engine.selection import Mode

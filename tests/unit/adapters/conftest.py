@@ -1,4 +1,4 @@
-"""An adapter store of a test's own."""
+"""What the tests of `adapters` are given: stores of their own, and adapters of a tiny Llama to register."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from adapters.layers import AdaptedModel
+from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.store.shared.objects import ObjectStore
+from tests.factories import AdapterSpec, make_adapter
+from tests.unit.adapters.registries import FACTOR_BYTES, LLAMA, make_registry
 from tests.unit.adapters.shared_support import CREDENTIALS, objects_of, s3_server
+from tests.unit.adapters.support import adapted
 
 
 @pytest.fixture
@@ -46,3 +51,23 @@ def s3_endpoint() -> Iterator[Callable[[], str]]:
 def objects(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: Callable[[], str]) -> ObjectStore:
     """An empty object storage: a directory, then a bucket's."""
     return objects_of(request.param, tmp_path, s3_endpoint)
+
+
+@pytest.fixture(scope="module")
+def model() -> AdaptedModel:
+    return adapted(LLAMA)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters a, b, c and d, alike but for their values."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: make_adapter(LLAMA, AdapterSpec(target_modules=["q_proj"], seed=seed), root / name)
+        for seed, name in enumerate("abcd")
+    }
+
+
+@pytest.fixture
+def registry(store: AdapterStore, model: AdaptedModel) -> AdapterRegistry:
+    return make_registry(store, model, budget=10 * FACTOR_BYTES)

@@ -19,7 +19,8 @@ from adapters.errors import (
     StoreUnavailable,
 )
 from adapters.layers import AdaptedModel
-from adapters.registry import AdapterRegistry, AdapterState
+from adapters.registry import AdapterRegistry
+from adapters.status import AdapterState
 from adapters.store import AdapterRecord
 from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared.objects import ObjectStore

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import StoreCorrupt
-from adapters.registry import RegistryStats
+from adapters.status import RegistryStats
 from adapters.store.seam import StoreHealth
 from service.api.errors import STATUS
 from service.engine.events import Usage
