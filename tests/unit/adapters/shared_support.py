@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared.objects import Content, ObjectInfo, ObjectStore
@@ -21,16 +22,27 @@ PATIENCE_S = 20.0
 @contextmanager
 def s3_server() -> Iterator[str]:
     """The address of a server with an empty bucket."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    answer, writing = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def atomic(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """S3 looks at a put's condition and writes in one; moto lets another writer in between the two."""
+        with writing if environ["REQUEST_METHOD"] != "GET" else nullcontext():
+            return answer(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, atomic, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     try:
-        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/{BUCKET}", method="PUT"))
-        yield f"http://{host}:{port}"
+        address = f"http://127.0.0.1:{server.server_port}"
+        urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"))
+        yield address
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def shared(objects: ObjectStore, data_dir: Path, **options: object) -> SharedAdapterStore:
