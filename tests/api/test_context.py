@@ -17,6 +17,19 @@ def test_the_clients_id_comes_back_on_every_response(server: Server, path: str) 
     assert response.headers.get_list("x-request-id") == ["my.id_1-2"]
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/nope", "/v1/adapters", "/v1/adapters/nope", "/openapi.json"])
+def test_no_cache_keeps_an_answer_and_no_browser_guesses_what_it_is(server: Server, path: str) -> None:
+    headers = server.client.get(path).headers
+    assert headers.get_list("cache-control") == ["no-store"]
+    assert headers.get_list("x-content-type-options") == ["nosniff"]
+
+
+def test_pages_and_streams_say_themselves_how_they_may_be_kept(server: Server) -> None:
+    assert server.client.get("/").headers.get_list("cache-control") == ["no-cache"]
+    with server.client.stream("POST", "/v1/generate", json={"prompt": "hi", "stream": True}) as streamed:
+        assert streamed.headers.get_list("cache-control") == ["no-cache"]
+
+
 @pytest.mark.parametrize("offered", ["", "a b", "x" * 129, "<script>", "é"])
 def test_an_id_that_is_not_sane_is_replaced(server: Server, offered: str) -> None:
     response = server.client.get("/healthz", headers={"x-request-id": offered.encode()})

@@ -53,7 +53,7 @@ class RequestContext:
 
 
 class _Exchange:
-    """The sending side of one exchange: adds the id, remembers the status."""
+    """The sending side of one exchange: adds the id and what a cache and a browser may make of it; has the status."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -64,7 +64,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["X-Request-ID"] = self._request_id
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._request_id
+            headers.setdefault("Cache-Control", "no-store")  # the next who asks may have another key
+            headers.setdefault("X-Content-Type-Options", "nosniff")
         await self._send(message)
 
 
