@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from tests.server import ASSETS, ROOT, Server, demo_server
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 30_000
+
+expect.set_options(timeout=WAIT_MS)  # by default 5 s, as long as the page itself waits before it asks again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
