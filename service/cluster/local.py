@@ -23,7 +23,6 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 import ray
-import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -33,9 +32,10 @@ from service.cluster.ingress import Ingress
 from service.cluster.log_lines import LogLines
 from service.cluster.metrics import IngressMetrics
 from service.cluster.replicas import RayReplicas
+from service.cluster.resources import resources_of
 from service.commands import CommandError
 from service.ray_app import engines
-from service.settings import Settings, SettingsError
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -118,16 +118,3 @@ def _end_replicas() -> None:
     ending.join(_END_S)
     if ending.is_alive():
         log.warning("the replicas did not end within %g seconds: killing them", _END_S)
-
-
-def resources_of(settings: Settings) -> dict[str, int]:
-    """What of this machine each replica gets, for all of its processes. Raises SettingsError where GPUs are too few."""
-    gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
-    each = settings.tensor_parallel
-    if 0 < gpus < settings.replicas * each:
-        raise SettingsError(
-            f"replicas is {settings.replicas} and this machine has {gpus} GPUs: each replica needs {each}; set "
-            "--device cpu to use none"
-        )
-    cpus = max(1, (os.cpu_count() or 1) // settings.replicas)
-    return {"num_cpus": cpus, "num_gpus": each if gpus else 0}

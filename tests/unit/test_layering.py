@@ -106,6 +106,12 @@ def test_only_ray_app_and_what_it_is_made_of_may_know_ray() -> None:
             assert not any(module.split(".")[0] == "ray" for module in imports(source)), source
 
 
+def test_no_test_sets_up_rays_environment_in_its_own_process() -> None:
+    """`local` does when it is imported, and files are imported long before other files' tests start a Ray."""
+    for source in sources("tests"):
+        assert not any(module.startswith("service.cluster.local") for module in imports(source)), source
+
+
 def test_the_policy_of_routing_knows_numbers_alone() -> None:
     ours = {"service", "adapters", "torch", "ray", "starlette", "fastapi"}
     assert not {module.split(".")[0] for module in imports(ROOT / "service" / "cluster" / "policy.py")} & ours

@@ -7,11 +7,8 @@ import os
 import pytest
 import torch
 
+from service.cluster.resources import resources_of
 from service.settings import Settings, SettingsError
-
-pytest.importorskip("ray", reason="needs the extra ray")
-
-from service.cluster.local import resources_of
 
 
 @pytest.fixture
