@@ -65,6 +65,22 @@ def test_a_method_that_is_not_allowed_has_the_envelope(server: Server, method: s
     assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/adapters", {"GET", "POST"}),
+        ("/v1/adapters/sql", {"GET", "DELETE"}),
+        ("/v1/adapters/sql/activate", {"POST"}),
+        ("/v1/models", {"GET"}),
+        ("/", {"GET", "HEAD"}),
+    ],
+)
+def test_the_allow_header_lists_every_method_of_a_path(server: Server, path: str, methods: set[str]) -> None:
+    response = server.client.request("PATCH", path)
+    error_of(response, 405, "method_not_allowed")
+    assert set(response.headers["allow"].split(", ")) == methods
+
+
 @pytest.mark.parametrize("content", [b"{", b"{'prompt': 1}", b'{"prompt": "\xff"}', b"[" * 100_000])
 def test_malformed_json_has_the_envelope(server: Server, content: bytes) -> None:
     error = error_of(server.client.post("/v1/generate", content=content, headers=JSON), 400, "invalid_request")
