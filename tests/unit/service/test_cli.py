@@ -280,6 +280,10 @@ class TestInit:
         assert len(trained) == 1 + 2 * len(planned["layers"])
         assert not any(torch.equal(before[name], parameter) for name, parameter in trained.items())
 
+    def test_names_may_have_spaces_beside_the_commas(self, capsys: pytest.CaptureFixture[str], base: Path) -> None:
+        words = ("init", "--model", base, *SMALL, "--dry-run", "--target-modules", " q_proj, v_proj ")
+        assert run_json(capsys, *words)["config"]["target_modules"] == ["q_proj", "v_proj"]
+
     def test_what_it_writes_is_served(self, capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
         assert run(capsys, "init", "--model", base, *SMALL, "--output", tmp_path / "a")[0] == 0
         found = run_json(capsys, "inspect", tmp_path / "a", "--model", base)
