@@ -510,6 +510,24 @@ class TestServe:
             build_server(replace(settings, **change))
         build_server(settings).close()  # nothing was left open
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"adapter": (AdapterSource("a b", "/"),)}, "'a b' cannot name an adapter"),
+            ({"adapter": (AdapterSource("base", "/"),)}, "'base' is reserved for the base model"),
+            ({"adapter": (AdapterSource("sql", "/none"),)}, "'/none' is not a directory"),
+            ({"adapters_dir": Path("/none")}, "adapters_dir is /none, which is not a directory"),
+        ],
+    )
+    def test_what_needs_no_model_is_refused_before_it_loads(
+        self, settings: Settings, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from service import assembly
+
+        monkeypatch.setattr(assembly, "load_base", lambda *_, **__: pytest.fail("loaded the model"))
+        with pytest.raises(SettingsError, match=message):
+            assembly.build_server(replace(settings, **change))
+
     def test_adapters_of_the_hub_at_start(self, settings: Settings, hub: FakeHub, compact: Path) -> None:
         from service.assembly import build_server
 
