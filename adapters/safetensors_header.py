@@ -101,7 +101,12 @@ def read_header(path: Path) -> RawHeader:
     that is too large or does not fit into the file.
     """
     if not path.is_file():
-        raise MissingTensor(f"no {path.name} in the adapter directory", subject=path.name)
+        what = f"no {path.name} in the adapter directory"
+        if (pickled := path.with_suffix(".bin")).is_file():
+            what += (
+                f"; {pickled.name} is a pickle, which is not read: save the adapter anew, with safe_serialization=True"
+            )
+        raise MissingTensor(what, subject=path.name)
     size = file_size(path)
     with open_file(path) as file:
         return _header_bytes(file, size)

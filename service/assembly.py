@@ -17,6 +17,7 @@ from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry
 from adapters.status import AdapterState
 from adapters.store import SHARED, AdapterStore, Store
+from adapters.store.names import check_name
 from adapters.store.shared import SharedAdapterStore, open_objects
 from adapters.store.shared.s3 import SCHEME as S3_SCHEME
 from service.adapters_dir import AdaptersDirectory, AdaptersDirectoryWatcher
@@ -77,6 +78,7 @@ def build_server(settings: Settings) -> Server:
     with ExitStack() as opened:
         # Before the model, which takes longer: a directory that another server owns is known at once.
         names = identify(settings.model, settings.served_model_name, settings.base_alias).names
+        _check_sources(settings, reserved=names)
         store = open_store(settings, reserved=names)
         opened.callback(store.close)
         team = start_team(settings, threads, opened)
@@ -139,6 +141,23 @@ def _check_task(settings: Settings) -> None:
         check_settings(settings)
 
 
+def _check_sources(settings: Settings, reserved: Collection[str]) -> None:
+    """What is wrong with names and directories is said before the model loads. Raises SettingsError."""
+    if settings.adapters_dir is not None and not settings.adapters_dir.is_dir():
+        raise SettingsError(f"adapters_dir is {settings.adapters_dir}, which is not a directory")
+    for adapter in settings.adapter:
+        try:
+            check_name(adapter.name, reserved)
+            if "://" not in adapter.source and not Path(adapter.source).is_dir():
+                raise ApiError("invalid_request", f"{adapter.source!r} is not a directory that the server can read")
+        except (AdapterError, ApiError) as error:
+            raise _refused(adapter, error) from error
+
+
+def _refused(adapter: AdapterSource, error: AdapterError | ApiError) -> SettingsError:
+    return SettingsError(f"the adapter {adapter.name!r} in {adapter.source} is refused ({error.code}): {error.message}")
+
+
 def _pooled(base: LoadedBase) -> PooledServing | None:
     if base.pooled is None:
         return None
@@ -158,9 +177,7 @@ def register_all(registry: AdapterRegistry, settings: Settings) -> None:
         try:
             _register(registry, adapter, settings)
         except (AdapterError, ApiError) as error:
-            raise SettingsError(
-                f"the adapter {adapter.name!r} in {adapter.source} is refused ({error.code}): {error.message}"
-            ) from error
+            raise _refused(adapter, error) from error
 
 
 def _register(registry: AdapterRegistry, adapter: AdapterSource, settings: Settings) -> None:
@@ -180,11 +197,9 @@ def _register(registry: AdapterRegistry, adapter: AdapterSource, settings: Setti
 
 
 def _watcher(registry: AdapterRegistry, settings: Settings) -> AdaptersDirectoryWatcher | None:
-    """What watches --adapters-dir, once its adapters are registered. Raises SettingsError if it is no directory."""
+    """What watches --adapters-dir, once its adapters are registered."""
     if settings.adapters_dir is None:
         return None
-    if not settings.adapters_dir.is_dir():
-        raise SettingsError(f"adapters_dir is {settings.adapters_dir}, which is not a directory")
     directory = AdaptersDirectory(registry, settings.adapters_dir, max_bytes=settings.max_upload)
     directory.scan()
     return AdaptersDirectoryWatcher(directory, settings.adapters_dir_interval_s)

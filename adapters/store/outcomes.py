@@ -29,9 +29,10 @@ def check_keep(keep_versions: int) -> None:
 
 
 def not_found(name: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"no adapter is named {name[:140]!r}; list the adapters to see which there are", subject=name
-    )
+    what = f"no adapter is named {name[:140]!r}; list the adapters to see which there are"
+    if ":" in name or "+" in name:
+        what += ". A blend is a:0.7+b:0.3 without spaces in OpenAI's model, and a list in the field adapters"
+    return AdapterNotFound(what, subject=name)
 
 
 def files_gone(name: str, digest: str) -> AdapterUnavailable:

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterError
@@ -69,6 +70,7 @@ _TYPES = {
 _RETRY_AFTER_S = 1
 CLIENT_DISCONNECTED = "client_disconnected"  # for the access log and the metrics alone
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
@@ -176,7 +178,14 @@ def _framework_error(request: Request, error: HTTPException) -> ApiError:
     }
     code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
     message = messages.get(error.status_code, str(error.detail))
-    return ApiError(code, message, status=error.status_code, headers=error.headers)
+    headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+    return ApiError(code, message, status=error.status_code, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """All methods of the request's path: the framework names only those of the first of its routes."""
+    asked = ({**request.scope, "method": method} for method in _METHODS)
+    return [scope["method"] for scope in asked if any(r.matches(scope)[0] is Match.FULL for r in request.app.routes)]
 
 
 async def _render_validation_error(request: Request, error: Exception) -> Response:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 _MOST_SHOWN = 5
 _LONGEST_NAME = 80
+_WORDS = {" after validation": "", "a valid dictionary or object to extract fields from": "an object"}  # theirs: ours
+_FORMATS = frozenset({"text", "json_object", "json_schema"})  # of a response_format: pydantic has them in its paths
 _NOT_AN_OBJECT = frozenset({"model_attributes_type", "model_type", "dict_type", "missing"})
 
 ErrorDetails = Mapping[str, Any]
@@ -37,12 +40,16 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{_field(error)!r} is missing: give it"
     message = str(error["msg"]).removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
     return f"{_field(error)!r}: {message[:1].lower()}{message[1:]}"
 
 
 def _field(error: ErrorDetails) -> str:
     """`adapters[0].weight` for ("body", "adapters", 0, "weight")."""
     path = ""
-    for part in error["loc"][1:]:
+    for before, part in pairwise(error["loc"]):
+        if before == "response_format" and part in _FORMATS:
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST_NAME]}"
     return path.removeprefix(".")

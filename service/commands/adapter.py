@@ -12,9 +12,12 @@ from service.commands.progress import working
 
 
 def check_directory(directory: Path) -> None:
-    """Raises CommandError for what is no directory."""
+    """Raises CommandError for what is no directory, or where PEFT has put an adapter with a name of its own inside."""
     if not directory.is_dir():
         raise CommandError(f"{directory} is not a directory; give one that holds an {CONFIG_FILE}")
+    inner = [] if (directory / CONFIG_FILE).is_file() else sorted(directory.glob(f"*/{CONFIG_FILE}"))
+    if inner:
+        raise CommandError(f"{directory} holds no {CONFIG_FILE}, but {inner[0].parent} does: give that one")
 
 
 def read_directory(directory: Path) -> AnyCheckpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from service.api.adapter_files import ADAPTER_FILES
 from service.commands import CommandError
 from service.commands.adapter import read_directory
 from service.commands.base import check_model
-from service.commands.output import say, show_json
+from service.commands.output import complain, say, show_json
 from service.commands.progress import working
 
 
@@ -46,6 +47,8 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
     check_free(output)
     read = []
     for member in members:
+        if not math.isfinite(member.weight):
+            raise CommandError(f"the weight of {member.directory} is {member.weight}; give a finite number")
         read.append((_compact(member.directory), member.weight))
     needs_base = any(checkpoint.extras for checkpoint, _ in read) and model is not None
     with working("Blending"):
@@ -58,12 +61,24 @@ def run(members: Sequence[WeightedDirectory], *, output: Path, model: str | None
     with working(f"Writing {output}"):
         write_adapter(blended, output, {"blend": json.dumps(parts)})
     count = blended.layout.parameters()
+    warnings = _warnings([checkpoint for checkpoint, _ in read])
     if as_json:
-        show_json({"output": str(output), "blend": parts, "parameters": count.to_dict()})
+        show_json({"output": str(output), "blend": parts, "parameters": count.to_dict(), "warnings": warnings})
         return 0
     say(f"Wrote {output}: {_shape(count)}")
     say(count.summary)
+    for warning in warnings:
+        complain(f"warning: {warning}")
     return 0
+
+
+def _warnings(members: Sequence[ServedCheckpoint]) -> list[str]:
+    """Members of different models may have no layer's name in common, and then no shape that contradicts another."""
+    named = sorted({name for member in members if (name := member.config.base_model_name_or_path) is not None})
+    if len(named) < 2:
+        return []
+    bases = ", ".join(map(repr, named))
+    return [f"the configs name different base models ({bases}); the blend is of use only if these are the same weights"]
 
 
 def _compact(directory: Path) -> ServedCheckpoint:

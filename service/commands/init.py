@@ -19,7 +19,7 @@ from service.commands.base import BaseSkeleton, read_base
 from service.commands.output import say, show_facts, show_json, show_layers
 from service.commands.progress import working
 
-_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
+_NAMES = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _targets(text: str | None) -> list[str] | str | None:
     """Names if it reads as names with commas, else what it is: a regular expression or `all-linear`."""
     if text is None or text.lower() == "all-linear" or not _NAMES.fullmatch(text):
         return text
-    return text.split(",")
+    return [name.strip() for name in text.split(",")]
 
 
 def _report(options: InitOptions, config: VBLoRAConfig, layers: list[LayerShape]) -> None:

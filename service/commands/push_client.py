@@ -43,7 +43,9 @@ class AdapterClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport)
+        self._http = httpx.Client(
+            base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_TIMEOUT, transport=transport
+        )
         self._sleep = sleep
 
     def close(self) -> None:

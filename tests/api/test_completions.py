@@ -92,6 +92,13 @@ def test_an_unknown_model_is_never_answered_by_the_base(server: Server, model: s
     assert server.engine.requests == []
 
 
+@pytest.mark.parametrize("model", ["sql:0.5 + sql:0.5", "sql:half", "sql+", "sql:nan"])
+def test_a_blend_that_is_written_wrongly_is_said_to_be(server: Server, model: str) -> None:
+    server.upload("sql")
+    error = error_of(complete(server, model=model), 404, "adapter_not_found")
+    assert "a:0.7+b:0.3 without spaces" in error["message"]
+
+
 def test_model_and_adapter_that_disagree_are_refused(server: Server) -> None:
     server.upload("sql", "one")
     server.upload("style", "two")

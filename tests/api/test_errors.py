@@ -65,6 +65,47 @@ def test_a_method_that_is_not_allowed_has_the_envelope(server: Server, method: s
     assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/adapters", {"GET", "POST"}),
+        ("/v1/adapters/sql", {"GET", "DELETE"}),
+        ("/v1/adapters/sql/activate", {"POST"}),
+        ("/v1/models", {"GET"}),
+        ("/", {"GET", "HEAD"}),
+    ],
+)
+def test_the_allow_header_lists_every_method_of_a_path(server: Server, path: str, methods: set[str]) -> None:
+    response = server.client.request("PATCH", path)
+    error_of(response, 405, "method_not_allowed")
+    assert set(response.headers["allow"].split(", ")) == methods
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "said"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema", "is missing"),
+        ({"type": "json_schema", "json_schema": {}}, "response_format.json_schema.name", "is missing"),
+        ({"type": "json_object", "schema": {}}, "response_format.schema", "unknown field"),
+        ({"type": "xml"}, "response_format", "'xml'"),
+        ("json", "response_format", "input should be an object"),
+    ],
+)
+def test_an_error_in_a_response_format_names_what_was_written(
+    server: Server, asked: object, param: str, said: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": asked}
+    error = error_of(server.client.post("/v1/chat/completions", json=body), 400, "invalid_request")
+    assert error["param"] == param
+    assert repr(param) in error["message"]
+    assert said in error["message"]
+
+
+def test_an_empty_list_is_refused_in_plain_words(server: Server) -> None:
+    error = error_of(server.client.post("/v1/chat/completions", json={"messages": []}), 400, "invalid_request")
+    assert error["message"] == "'messages': list should have at least 1 item, not 0"
+
+
 @pytest.mark.parametrize("content", [b"{", b"{'prompt': 1}", b'{"prompt": "\xff"}', b"[" * 100_000])
 def test_malformed_json_has_the_envelope(server: Server, content: bytes) -> None:
     error = error_of(server.client.post("/v1/generate", content=content, headers=JSON), 400, "invalid_request")

@@ -185,6 +185,17 @@ class TestCommand:
         assert main(["push", str(folder), "--url", "localhost:8000"]) == 2
         assert "--url is 'localhost:8000'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("url", [URL, f"{URL}/", f"{URL}/v1", f"{URL}/v1/", f"{URL}/prefix/v1"])
+    def test_the_address_may_be_that_of_openais_clients(self, url: str) -> None:
+        asked: list[str] = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(request.url.path)
+            return httpx.Response(200, json={"data": [], "next": None})
+
+        AdapterClient(url, None, transport=httpx.MockTransport(answer)).check()
+        assert asked == ["/prefix/v1/adapters" if "prefix" in url else "/v1/adapters"]
+
 
 class TestApiKey:
     @pytest.fixture

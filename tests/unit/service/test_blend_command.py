@@ -10,7 +10,7 @@ import pytest
 from adapters.store import digest_of
 from service.cli import main
 from service.commands.blend import WeightedDirectory
-from tests.factories import AdapterSpec, make_adapter, save_model, tiny_model
+from tests.factories import AdapterSpec, make_adapter, rewrite, save_model, tiny_model
 from tests.unit.adapters.support import compact
 from tests.unit.adapters.test_blend import assert_is_the_sum
 
@@ -75,10 +75,31 @@ def test_saved_modules_need_the_base(trained: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
+    ("names", "warned"),
+    [(("org/a", "org/b"), True), (("org/a", "org/a"), False), (("org/a", None), False), ((None, None), False)],
+)
+def test_adapters_of_other_bases_are_warned_of(
+    names: tuple[str | None, str | None],
+    warned: bool,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    members = [
+        rewrite(trained / "one", tmp_path / str(index), config={"base_model_name_or_path": name})
+        for index, name in enumerate(names)
+    ]
+    assert main(["blend", *map(str, members), "--output", str(tmp_path / "out")]) == 0
+    assert ("different base models ('org/a', 'org/b')" in capsys.readouterr().err) == warned
+    assert main(["blend", *map(str, members), "--output", str(tmp_path / "again"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == warned
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["nowhere"], "nowhere"),
-        (["one:nan"], "weights that are numbers"),
+        (["one:nan"], "the weight of one is nan; give a finite number"),
         (["one", "--output", "one"], "already exists"),
     ],
 )

@@ -280,6 +280,10 @@ class TestInit:
         assert len(trained) == 1 + 2 * len(planned["layers"])
         assert not any(torch.equal(before[name], parameter) for name, parameter in trained.items())
 
+    def test_names_may_have_spaces_beside_the_commas(self, capsys: pytest.CaptureFixture[str], base: Path) -> None:
+        words = ("init", "--model", base, *SMALL, "--dry-run", "--target-modules", " q_proj, v_proj ")
+        assert run_json(capsys, *words)["config"]["target_modules"] == ["q_proj", "v_proj"]
+
     def test_what_it_writes_is_served(self, capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
         assert run(capsys, "init", "--model", base, *SMALL, "--output", tmp_path / "a")[0] == 0
         found = run_json(capsys, "inspect", tmp_path / "a", "--model", base)
@@ -505,6 +509,24 @@ class TestServe:
         with pytest.raises(SettingsError, match=message):
             build_server(replace(settings, **change))
         build_server(settings).close()  # nothing was left open
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"adapter": (AdapterSource("a b", "/"),)}, "'a b' cannot name an adapter"),
+            ({"adapter": (AdapterSource("base", "/"),)}, "'base' is reserved for the base model"),
+            ({"adapter": (AdapterSource("sql", "/none"),)}, "'/none' is not a directory"),
+            ({"adapters_dir": Path("/none")}, "adapters_dir is /none, which is not a directory"),
+        ],
+    )
+    def test_what_needs_no_model_is_refused_before_it_loads(
+        self, settings: Settings, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from service import assembly
+
+        monkeypatch.setattr(assembly, "load_base", lambda *_, **__: pytest.fail("loaded the model"))
+        with pytest.raises(SettingsError, match=message):
+            assembly.build_server(replace(settings, **change))
 
     def test_adapters_of_the_hub_at_start(self, settings: Settings, hub: FakeHub, compact: Path) -> None:
         from service.assembly import build_server

@@ -33,6 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.truncate(folder / "cut" / WEIGHTS, (folder / "cut" / WEIGHTS).stat().st_size // 2)
     shutil.copytree(folder / "good", folder / "no-weights")
     (folder / "no-weights" / WEIGHTS).unlink()
+    shutil.copytree(folder / "no-weights", folder / "pickled")
+    (folder / "pickled" / "adapter_model.bin").touch()
+    shutil.copytree(folder / "good", folder / "named" / "sql")
     shutil.copytree(folder / "base", folder / "cut-base")
     weights = folder / "cut-base" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
@@ -81,12 +84,19 @@ ERRORS = {
     "inspect good --model ./none": (1, "there is no directory ./none; give the base model's directory or its Hub id"),
     "inspect good --model empty": (1, "cannot read the config of the base model 'empty': Unrecognized model"),
     "inspect good --model none/such": (1, "'none/such': there is no such directory, and as a Hub id it is not to be"),
+    "inspect named": (1, "named holds no adapter_config.json, but named/sql does: give that one"),
+    "inspect pickled": (
+        1,
+        f"no {WEIGHTS} in the adapter directory; adapter_model.bin is a pickle, which is not read: *",
+    ),
+    "export named --format lora --output o": (1, "named holds no adapter_config.json, but named/sql does"),
     "export none --format lora --output o": (1, "none is not a directory; give one that holds an adapter_config.json"),
     "export cut --format lora --output o": (1, "cut is refused (invalid_safetensors): *: copy it anew"),
     "export good --format lora --output full": (1, "full already exists and is not an empty directory; choose another"),
     "export good --format lora --output file/o": (1, "file: File exists; give a path where nothing is in the way"),
     "export good --format lora --output /proc/o/x": (1, "/proc/o: No such file or directory; check the path"),
     "blend none:1 --output o": (1, "none is not a directory; give adapter directories, each with its weight behind"),
+    "blend good:nan --output o": (1, "the weight of good is nan; give a finite number"),
     "blend good cut --output o": (1, "cut is refused (invalid_safetensors): *: copy it anew"),
     "blend good --output full": (1, "full already exists and is not an empty directory; choose another path"),
     "merge good --model ./none --output o": (1, "there is no directory ./none; give the base model's directory"),
