@@ -17,6 +17,8 @@ from service.cluster.seam import Replicas
 from service.cluster.stats import together
 from service.cluster.work import Work
 
+_PROBED = frozenset({"/healthz", "/readyz"})
+
 Answer = Callable[[Scope], Awaitable[Response]]
 
 
@@ -36,7 +38,7 @@ class OwnAnswers:
         }
 
     def route(self, method: str, path: str) -> Answer | None:
-        return self._routes.get(path) if method == "GET" else None
+        return self._routes.get(path) if method == "GET" or (method == "HEAD" and path in _PROBED) else None
 
     async def _health(self, scope: Scope) -> Response:
         """200 as long as this process can serve: replicas that die are replaced."""

@@ -23,6 +23,13 @@ def test_a_ready_engine_is_ready(server: Server) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "ready"})
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    assert server.client.head(path).status_code == 200
+    server.engine.state = EngineState.DEAD
+    assert server.client.head(path).status_code == 503
+
+
 @pytest.mark.parametrize("state", [state for state in EngineState if state is not EngineState.READY])
 def test_every_other_state_is_503_and_says_why(server: Server, state: EngineState) -> None:
     server.engine.state = state

@@ -24,6 +24,7 @@ _NOT_READY = {
 }
 
 
+@router.head("/healthz", include_in_schema=False)  # some probes ask so
 @router.get("/healthz", responses=error_responses(503))
 async def health(state: State) -> Status:
     """200 as long as the process can serve; 503 once its engine has died, which only a restart mends."""
@@ -32,6 +33,7 @@ async def health(state: State) -> Status:
     return Status(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=error_responses(503))
 async def readiness(state: State) -> Status:
     """200 while the server takes requests, 503 and the reason while it does not."""
