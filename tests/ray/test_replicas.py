@@ -135,6 +135,17 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
     assert sum(samples(server, "vblora_tenant_completion_tokens_total").values()) < LONG["max_new_tokens"]
 
 
+def test_one_that_stands_still_does_not_keep_back_what_the_others_say(server: Server) -> None:
+    still = replicas(server)[0]
+    still.suspend()
+    try:
+        assert len(samples(server, "vblora_queue_depth")) == 1
+        assert server.http.get("/v1/stats").status_code == 200
+    finally:
+        still.resume()
+    until(lambda: len(samples(server, "vblora_queue_depth")) == 2)
+
+
 def test_all_ports_but_the_servers_are_on_loopback(server: Server) -> None:
     listening = [
         connection.laddr.ip
