@@ -94,7 +94,7 @@ class Replicated:
         )
 
     def _start_replicas(self) -> Any:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        _take_log_lines("ray.serve")
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         application = engines(
@@ -109,6 +109,14 @@ class Replicated:
             return serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise CommandError(f"the replicas cannot be started: {error}") from error
+
+
+def _take_log_lines(name: str) -> None:
+    """A logger of Ray's, which writes to stderr as it likes, writes as all others do."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.WARNING)
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 def _end_replicas() -> None:

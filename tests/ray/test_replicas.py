@@ -199,6 +199,8 @@ def test_a_replica_that_is_killed_breaks_its_own_streams_alone(server: Server) -
     for _, data in broken:
         assert json.loads(data.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     assert server.http.get("/readyz").status_code == 200
+    assert any("lost a replica" in line for line in server.log)
+    assert not any(line.startswith(("WARNING", "ERROR")) for line in server.log), "Ray writes as the server does"
     for name in ADAPTERS:
         assert server.generate("Once upon", adapter=name, max_new_tokens=2)
     until(lambda: samples(server, "vblora_replicas") == {"": 2.0})
