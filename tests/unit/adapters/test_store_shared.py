@@ -451,6 +451,20 @@ class TestFiles:
         first.close()
         second.close()
 
+    def test_whether_it_was_collected_is_not_known(self, replica: Opener, objects: ObjectStore) -> None:
+        """The name is there: "try again" would be answered with a conflict."""
+        faulty = Faulty(objects)
+        store = replica(faulty)
+
+        def silent(call: str, key: str) -> None:
+            if call == "list" and key.startswith("blobs"):
+                raise StoreUnavailable("does not answer; try again")
+
+        faulty.before = silent
+        with pytest.raises(StoreUnavailable, match="published, but whether"):
+            publish(store, "sql")
+        assert store.get(SHARED, "sql")
+
     def test_collected_while_it_was_published(self, replica: Opener, objects: ObjectStore) -> None:
         """The collector looked before the manifest was written, and removes after."""
         faulty = Faulty(objects)
