@@ -94,7 +94,7 @@ class Replicated:
         )
 
     def _start_replicas(self) -> Any:
-        _take_log_lines("ray.serve")
+        _take_log_lines("ray", "ray.serve")
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         application = engines(
@@ -111,12 +111,12 @@ class Replicated:
             raise CommandError(f"the replicas cannot be started: {error}") from error
 
 
-def _take_log_lines(name: str) -> None:
-    """A logger of Ray's, which writes to stderr as it likes, writes as all others do."""
-    logger = logging.getLogger(name)
-    logger.setLevel(logging.WARNING)
-    logger.handlers.clear()
-    logger.propagate = True
+def _take_log_lines(*names: str) -> None:
+    """Loggers of Ray's, which write to stderr as they like, write as all others do."""
+    for logger in map(logging.getLogger, names):
+        logger.setLevel(logging.WARNING)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def _end_replicas() -> None:
