@@ -79,7 +79,8 @@ class Ingress:
             return await (await own(scope))(scope, receive, send)
         try:
             with self.work.counted():
-                body = await self._read(receive)
+                with self.work.may_be_ended():
+                    body = await self._read(receive)
                 await unless_disconnected(receive, self._forward(await self._forwarded(scope, body), scope, send))
         except (ClientDisconnect, OSError):
             note_error(scope, CLIENT_DISCONNECTED)
@@ -100,6 +101,8 @@ class Ingress:
     async def _forwarded(self, scope: Scope, body: tuple[Any, ...]) -> Forwarded:
         key = key_of(scope)
         takes_a_place = generates(scope["method"], route_path(scope))
+        if takes_a_place:  # until the replica says it, which one that is lost or full does not
+            scope["route"] = SimpleNamespace(path=route_path(scope))
         affinity = None
         if takes_a_place and len(body) == 1:
             tenant = SHARED if key is None else key.tenant
@@ -118,14 +121,12 @@ class Ingress:
         exchange = _Exchange(scope, send, self._after_change if changes else None)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self.work.may_be_ended()
-                await self._attempt(request, exchange)
+                with self.work.may_be_ended():
+                    await self._attempt(request, exchange)
             except ReplicasFull:
                 await exchange.refuse(_overloaded())
-            except asyncio.CancelledError:
-                if not self.work.ended:
-                    raise  # the client has left
-                await exchange.refuse(ApiError("engine_unavailable", "the server is stopping"))
+            except ApiError as stopping:
+                await exchange.refuse(stopping)
             except ReplicaLost:
                 log.warning("lost a replica while it answered", extra={"request_id": request.request_id})
                 self._metrics.count_lost()

@@ -94,7 +94,7 @@ class Replicated:
         )
 
     def _start_replicas(self) -> Any:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        _take_log_lines("ray", "ray.serve")
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         application = engines(
@@ -109,6 +109,14 @@ class Replicated:
             return serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise CommandError(f"the replicas cannot be started: {error}") from error
+
+
+def _take_log_lines(*names: str) -> None:
+    """Loggers of Ray's, which write to stderr as they like, write as all others do."""
+    for logger in map(logging.getLogger, names):
+        logger.setLevel(logging.WARNING)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def _end_replicas() -> None:

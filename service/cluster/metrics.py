@@ -49,7 +49,8 @@ class IngressMetrics:
     def render(self, replicas: int) -> tuple[str, str]:
         """(the text, its content type)."""
         self._replicas.set(replicas)
-        for each, count in COUNTS.items():
+        for each in Routed:
+            count = COUNTS[each]
             self._routed.labels(each).inc(count - self._told[each])
             self._told[each] = count
         return generate_latest(self._registry).decode(), CONTENT_TYPE_LATEST

@@ -60,13 +60,18 @@ class RayReplicas:
         """Each answers (its name, the answer)."""
         if self.count() == 0:
             return {}
-        asked = self._handle.broadcast("ask", question, *arguments)
         try:
-            answers = await asked.results_async(timeout_s=_ASKED_S, return_exceptions=True)
-        except TimeoutError:
-            log.warning("the replicas did not say their %s within %g seconds", question, _ASKED_S)
+            # Ray's own way to wait for the answers drops all of them when one does not come.
+            asked = await self._handle.broadcast("ask", question, *arguments)._fetch_replica_results_async()
+        except _GONE:
             return {}
-        return dict(answer for answer in answers if not isinstance(answer, BaseException))
+        answers = [asyncio.ensure_future(each.get_async()) for each in asked]
+        said, silent = await asyncio.wait(answers, timeout=_ASKED_S)
+        for answer in silent:
+            answer.cancel()
+        if silent:
+            log.warning("%d replicas did not say their %s within %g seconds", len(silent), question, _ASKED_S)
+        return dict(answer.result() for answer in said if answer.exception() is None)
 
     def count(self) -> int:
         return max((len(router.replica_names) for router in list(ROUTERS)), default=0)

@@ -40,14 +40,23 @@ class Work:
                 self._running -= 1
                 self._changed.notify_all()
 
-    def may_be_ended(self) -> None:
-        """The current task is the one to cancel when time is up."""
+    @contextmanager
+    def may_be_ended(self) -> Iterator[None]:
+        """Around what is cancelled when time is up: then raises ApiError."""
         task = asyncio.current_task()
         assert task is not None
-        if task not in self._tasks:
-            self._loop = asyncio.get_running_loop()
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._loop = asyncio.get_running_loop()
+        self._tasks.add(task)
+        try:
+            if self.ended:
+                raise _stopping()
+            yield
+        except asyncio.CancelledError:
+            if not self.ended:
+                raise  # the client has left
+            raise _stopping() from None
+        finally:
+            self._tasks.discard(task)
 
     def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those that run; False when some were still running."""
@@ -64,3 +73,7 @@ class Work:
     def _cancel(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+
+
+def _stopping() -> ApiError:
+    return ApiError("engine_unavailable", "the server is stopping")

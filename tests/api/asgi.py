@@ -16,13 +16,15 @@ WAIT_S = 20  # for what should take milliseconds
 class Exchange:
     """The app receives what `send_body` and `leave` put there, and sends what `next_message` returns.
 
-    `reads` counts how often the app asked for more of the request; `error` is what the app raised.
+    `reads` counts how often the app asked for more of the request; `wants_more` is set once there was no more; `error`
+    is what the app raised.
     """
 
     def __init__(self) -> None:
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
         self._outgoing: asyncio.Queue[Message] = asyncio.Queue()
         self.reads = 0
+        self.wants_more = asyncio.Event()
         self.unreachable = False
         self.error: Exception | None = None
         self.ended = asyncio.Event()
@@ -57,6 +59,8 @@ class Exchange:
 
     async def receive(self) -> Message:
         self.reads += 1
+        if self._incoming.empty():
+            self.wants_more.set()
         return await self._incoming.get()
 
     async def send(self, message: Message) -> None:

@@ -239,6 +239,28 @@ async def test_what_runs_when_the_time_is_up_is_told(front: Front) -> None:
     assert front.server.engine.cancelled.is_set()
 
 
+@pytest.mark.anyio
+async def test_a_body_that_is_half_there_when_the_time_is_up_is_told(front: Front) -> None:
+    async with exchange(front.app, "POST", "/v1/generate") as client:
+        client.send_body(b'{"prompt":', more=True)
+        client.send_body(b'"hi', more=True)
+        async with asyncio.timeout(WAIT_S):
+            await client.wants_more.wait()
+        assert not await asyncio.to_thread(front.app.work.drain, 0.01)
+        front.app.work.stop()
+        assert await client.status() == 503
+        assert await client.error_code() == "engine_unavailable"
+        await client.end()
+    assert client.error is None
+    assert front.app.work.drain(0)
+
+
+def test_what_no_replica_answers_is_counted_with_its_route(front: Front) -> None:
+    front.replicas.full = True
+    front.generate()
+    assert counter(front, "vblora_requests_total", route="/v1/generate", status="429") == 1
+
+
 def test_metrics_and_stats_of_all(server: Server) -> None:
     front = Front(server)
     real = PrometheusMetrics(server.engine, server.registry, server.store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -135,6 +136,17 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
     assert sum(samples(server, "vblora_tenant_completion_tokens_total").values()) < LONG["max_new_tokens"]
 
 
+def test_one_that_stands_still_does_not_keep_back_what_the_others_say(server: Server) -> None:
+    still = replicas(server)[0]
+    still.suspend()
+    try:
+        assert len(samples(server, "vblora_queue_depth")) == 1
+        assert server.http.get("/v1/stats").status_code == 200
+    finally:
+        still.resume()
+    until(lambda: len(samples(server, "vblora_queue_depth")) == 2)
+
+
 def test_all_ports_but_the_servers_are_on_loopback(server: Server) -> None:
     listening = [
         connection.laddr.ip
@@ -188,6 +200,9 @@ def test_a_replica_that_is_killed_breaks_its_own_streams_alone(server: Server) -
     for _, data in broken:
         assert json.loads(data.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     assert server.http.get("/readyz").status_code == 200
+    assert any("lost a replica" in line for line in server.log)
+    until(lambda: any(" WARNING ray.serve: " in line for line in server.log))
+    assert not any(re.match(r"WARNING|ERROR|\S+ \S+\t(WARNING|ERROR)|\t", line) for line in server.log), "Ray's own"
     for name in ADAPTERS:
         assert server.generate("Once upon", adapter=name, max_new_tokens=2)
     until(lambda: samples(server, "vblora_replicas") == {"": 2.0})

@@ -6,6 +6,7 @@ must be on a file system whose locks and renames all these servers see at once, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from adapters.errors import StoreError, StoreUnavailable
 from adapters.store.files import fsync_directory, fsync_file, is_full, make_directory, storage_full
-from adapters.store.shared.objects import Conflict, Content, ObjectInfo, ObjectMissing
+from adapters.store.shared.objects import Conflict, Content, ObjectInfo, ObjectMissing, WriteRefused
 
 LEFTOVERS_AFTER_S = 3600.0
+_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class LocalObjects:
@@ -42,7 +44,12 @@ class LocalObjects:
     def put(self, key: str, data: bytes, *, over: str | None) -> str:
         path = self._path(key)
         with self._errors(), self._written() as fresh:
-            fresh.write_bytes(data)
+            try:
+                fresh.write_bytes(data)
+            except OSError as error:
+                if error.errno in _REFUSED:
+                    raise WriteRefused(self._failed(error).message) from error
+                raise
             with self._locked():
                 now = _stat_of(path)
                 if (None if now is None else _etag(now)) != over:
@@ -94,7 +101,10 @@ class LocalObjects:
             self._still_there()
             make_directory(path.parent)
             os.replace(fresh, path)
-        fsync_directory(path.parent)
+        try:
+            fsync_directory(path.parent)
+        except FileNotFoundError:  # collected at this very moment, which whoever names the file will see
+            self._still_there()
         return etag
 
     @contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +25,9 @@ from typing import Any
 
 from adapters.errors import StoreCorrupt
 from adapters.store.names import is_digest, is_name
+from adapters.store.outcomes import MODES
 from adapters.store.records import Activation, AdapterRecord, AdapterVersion
+from adapters.store.shared.keys import manifest_key
 
 SCHEMA = 1
 RECENT_WRITES = 200
@@ -111,14 +114,14 @@ def encode(manifest: Manifest) -> bytes:
 def decode(data: bytes, tenant: str) -> Manifest:
     """The manifest of that tenant. Raises StoreCorrupt: for another one's, too, and for one of a newer release."""
     try:
-        content = json.loads(data)
+        content = json.loads(data, parse_constant=_no_number)
         if isinstance(content, dict) and isinstance(content.get("schema"), int) and content["schema"] > SCHEMA:
             raise StoreCorrupt(
                 f"{_shown(tenant)} was written by a newer release (schema {content['schema']}, this one knows "
                 f"{SCHEMA}): run that one"
             )
         return _manifest(content, tenant)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise StoreCorrupt(
             f"{_shown(tenant)} is damaged ({type(error).__name__}: {error}): put an earlier version of that object back"
         ) from error
@@ -134,7 +137,7 @@ def _manifest(content: Any, tenant: str) -> Manifest:
     active = content["active"]
     return Manifest(
         tenant,
-        int(content["generation"]),
+        _generation(content["generation"]),
         str(content["write"]),
         tuple(map(str, content["recent"])),
         adapters,
@@ -181,12 +184,14 @@ def _entry(tenant: str, name: str, content: Any, values: Mapping[str, Any]) -> E
     current = next((version for version in versions if version.digest == content["current"]), None)
     if not is_name(name) or current is None:
         raise ValueError(f"adapter {name[:140]!r} has no current version, or no such name is possible")
+    if len({version.digest for version in versions}) < len(versions):
+        raise ValueError(f"adapter {name!r} has a version twice")
     record = AdapterRecord(
         tenant,
         name,
         current.digest,
-        float(content["created_at"]),
-        float(content["updated_at"]),
+        _time(content["created_at"]),
+        _time(content["updated_at"]),
         current.file_bytes,
         current.info,
         versions,
@@ -198,7 +203,7 @@ def _version(content: Any, values: Mapping[str, Any]) -> AdapterVersion:
     if not is_digest(content["digest"]):
         raise ValueError(f"{content['digest'][:80]!r} is no digest")
     info = {key: values[reference] for key, reference in content["info"].items()}
-    return AdapterVersion(content["digest"], float(content["created_at"]), int(content["file_bytes"]), info)
+    return AdapterVersion(content["digest"], _time(content["created_at"]), int(content["file_bytes"]), info)
 
 
 def _active_json(active: Active) -> dict[str, str]:
@@ -207,9 +212,28 @@ def _active_json(active: Active) -> dict[str, str]:
 
 
 def _active(tenant: str, content: Any) -> Active:
+    if content["mode"] not in MODES:
+        raise ValueError(f"the default's mode is {str(content['mode'])[:80]!r}")
     activation = Activation(tenant, str(content["name"]), str(content["mode"]), str(content["owner"]))
     return Active(activation, str(content["id"]))
 
 
+def _generation(value: Any) -> int:
+    if int(value) < 0:
+        raise ValueError(f"the generation is {value!r}")
+    return int(value)
+
+
+def _time(value: Any) -> float:
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value!r} is no time")
+    return float(value)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
 def _shown(tenant: str) -> str:
-    return f"the shared store's manifest of tenant {tenant!r}" if tenant else "the shared store's shared manifest"
+    whose = f"manifest of tenant {tenant!r}" if tenant else "shared manifest"
+    return f"the shared store's {whose} ({manifest_key(tenant)})"

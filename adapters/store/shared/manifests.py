@@ -19,7 +19,7 @@ from adapters.errors import StoreCorrupt, StoreError, StoreUnavailable
 from adapters.store.shared import keys
 from adapters.store.shared.changes import Changed
 from adapters.store.shared.manifest import Manifest, decode, encode
-from adapters.store.shared.objects import Conflict, ObjectMissing, ObjectStore
+from adapters.store.shared.objects import Conflict, ObjectMissing, ObjectStore, WriteRefused
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,10 @@ class Manifests:
             after = after.stamped(write)
             try:
                 etag = self._objects.put(keys.manifest_key(tenant), encode(after), over=known.etag)
+            except WriteRefused:
+                if uncertain:
+                    raise _unknown_outcome(self._objects) from None
+                raise
             except (Conflict, StoreUnavailable) as error:
                 uncertain = uncertain or isinstance(error, StoreUnavailable)
                 known = self._read_again(tenant)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapters.errors import StoreError
+from adapters.errors import StoreError, StoreUnavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class Conflict(Exception):
 
 class AccessRefused(StoreError):
     """The storage does not let these credentials do that."""
+
+
+class WriteRefused(StoreUnavailable):
+    """A put that has not happened, and will not when it is tried again at once: the storage may only be read."""
 
 
 class ObjectMissing(Exception):

@@ -144,7 +144,14 @@ class SharedAdapterStore:
                 replacing=replace, keep=self._keep_versions,
             )  # fmt: skip
             record = self._manifests.change(tenant, publish)
-            self._keep_files(digest, staged)
+            try:
+                self._keep_files(digest, staged)
+            except StoreUnavailable as error:
+                raise StoreUnavailable(
+                    f"{name!r} is published, but whether its files are all there is not known ({error.message}): look "
+                    "at the adapter, and upload it again with replace=true if it cannot be served",
+                    subject=name,
+                ) from error
         with suppress(OSError):
             self._cache.place(staged, digest)
         return record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import socket
 import sys
@@ -14,10 +16,13 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import StoreError, StoreUnavailable
+from adapters.store.shared import local as local_module
+from adapters.store.shared import manifests as manifests_module
 from adapters.store.shared import open_objects
 from adapters.store.shared.keys import blob_prefix, decode, encode, file_of, manifest_key, tenant_of
 from adapters.store.shared.objects import AccessRefused, Conflict, ObjectMissing, ObjectStore
 from tests.unit.adapters.shared_support import BUCKET, CREDENTIALS, shared
+from tests.unit.adapters.store_support import publish
 
 
 class TestObjects:
@@ -66,6 +71,36 @@ class TestObjects:
         for attempt in (lambda: list(objects.list("tenants")), lambda: objects.get("tenants/x.json")):
             with pytest.raises(StoreUnavailable, match="mount"):
                 attempt()
+
+    def test_a_directory_that_may_only_be_read_takes_no_change(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = shared(open_objects(f"file://{tmp_path}/objects"), tmp_path / "data")
+        publish(store, "sql")
+
+        def refuse(path: Path, data: bytes) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+        monkeypatch.setattr(Path, "write_bytes", refuse)
+        monkeypatch.setattr(manifests_module.Manifests, "_attempts", lambda self: iter([None]))  # at once
+        with pytest.raises(StoreUnavailable, match="Read-only"):
+            store.delete("", "sql")
+        store.close()
+
+    def test_a_file_that_is_collected_as_it_is_put(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever names it looks whether it is there."""
+        objects = open_objects(f"file://{tmp_path}/objects")
+        (tmp_path / "one").write_bytes(b"1")
+        synced = local_module.fsync_directory
+
+        def collect_first(directory: Path) -> None:
+            if directory.name == "x":
+                objects.delete("blobs/sha256/x/one")
+            synced(directory)
+
+        monkeypatch.setattr(local_module, "fsync_directory", collect_first)
+        objects.put_file("blobs/sha256/x/one", tmp_path / "one")
+        assert list(objects.list("blobs")) == []
 
 
 class TestS3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -333,7 +334,10 @@ class TestDownAndBack:
             publish(store, "style")
         assert store.get(SHARED, "sql") == record
 
-    @pytest.mark.parametrize("spoilt", ["newer", "garbage", "another's", "half"])
+    @pytest.mark.parametrize(
+        "spoilt",
+        ["newer", "garbage", "another's", "half", "no generation", "below 0", "no time", "never", "no mode", "twice"],
+    )
     def test_a_manifest_that_cannot_be_read_is_kept(self, replica: Opener, objects: ObjectStore, spoilt: str) -> None:
         store = replica()
         record = publish(store, "sql", tenant="a")
@@ -341,7 +345,16 @@ class TestDownAndBack:
         assert content is not None
         newer = {**json.loads(content.data), "schema": 2}
         other = {**json.loads(content.data), "tenant": "b"}
+        text = content.data.decode()
         data = {
+            "no generation": text.replace('"generation":1', '"generation":1e999').encode(),
+            "below 0": text.replace('"generation":1', '"generation":-1').encode(),
+            "no time": re.sub('"updated_at":[0-9.]+', '"updated_at":NaN', text).encode(),
+            "never": re.sub('"updated_at":[0-9.]+', '"updated_at":1e999', text).encode(),
+            "no mode": text.replace(
+                '"active":null', '"active":{"owner":"a","name":"sql","mode":"melt","id":"1"}'
+            ).encode(),
+            "twice": re.sub(r'"versions":\[(.*?\})\]', r'"versions":[\1,\1]', text).encode(),
             "newer": json.dumps(newer).encode(), "garbage": b"\xff[", "another's": json.dumps(other).encode(),
             "half": content.data[: len(content.data) // 2],
         }[spoilt]  # fmt: skip
@@ -437,6 +450,20 @@ class TestFiles:
         assert sorted((tmp_path / "data" / "shared" / "tmp").iterdir()) == sorted([alive, second._cache.tmp])
         first.close()
         second.close()
+
+    def test_whether_it_was_collected_is_not_known(self, replica: Opener, objects: ObjectStore) -> None:
+        """The name is there: "try again" would be answered with a conflict."""
+        faulty = Faulty(objects)
+        store = replica(faulty)
+
+        def silent(call: str, key: str) -> None:
+            if call == "list" and key.startswith("blobs"):
+                raise StoreUnavailable("does not answer; try again")
+
+        faulty.before = silent
+        with pytest.raises(StoreUnavailable, match="published, but whether"):
+            publish(store, "sql")
+        assert store.get(SHARED, "sql")
 
     def test_collected_while_it_was_published(self, replica: Opener, objects: ObjectStore) -> None:
         """The collector looked before the manifest was written, and removes after."""
