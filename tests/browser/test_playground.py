@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, Request, expect
 
+from tests.browser.adapters import until
 from tests.browser.conftest import screenshot
 from tests.browser.playing import blend, column, fact, finished, open_playground, option, pick, run, text_of
 from tests.server import Server
 
 PROMPT = "Open a file and"
 TOKENS = 48
+TRIES = 5
 METRIC = re.compile(r'^vblora_finished_choices_total\{reason="cancelled"\} (\S+)$', re.MULTILINE)
 
 
@@ -157,42 +159,36 @@ def test_the_mark_appears_while_both_still_stream(page: Page) -> None:
     expect(second.locator("mark")).to_have_text(" more")
 
 
-def test_stop_ends_the_generations_on_the_server_too(page: Page, server: Server) -> None:
-    before = cancelled(server)
-    open_playground(page)
-    option(page, "New tokens", "480")
-    pick(page, "Adapter of column A", "dashes")
-    pick(page, "Adapter of column B", "dashes")
-    run(page)
-    for letter in "AB":
-        expect(column(page, letter).locator(".text")).not_to_be_empty()
-    page.keyboard.press("Escape")
-    for letter in "AB":
-        expect(column(page, letter)).to_contain_text("Stopped.")
-        expect(fact(column(page, letter), "Ended by")).to_have_text("–")
-    finished(page)
-    for _ in range(1000):
-        if cancelled(server) == before + 2:
-            break
-    assert cancelled(server) == before + 2
-    assert server.http.get("/v1/stats").json()["running"] == 0
+def both_cancelled(page: Page, server: Server, leave: Callable[[], None]) -> bool:
+    """Runs two long generations, leaves them when both have begun, and says whether the server cancelled both.
 
-
-def test_a_view_that_is_left_stops_too(page: Page, server: Server) -> None:
+    They take a few seconds. On a machine that was busy with something else just then they may have ended before.
+    """
     before = cancelled(server)
     open_playground(page)
     option(page, "New tokens", "480")
     for letter in "AB":
         pick(page, f"Adapter of column {letter}", "dashes")
     run(page)
-    expect(column(page, "A").locator(".text")).not_to_be_empty()
-    expect(column(page, "B").locator(".text")).not_to_be_empty()
-    page.get_by_role("link", name="Live").click()
+    until(page, lambda: page.locator(".column [aria-busy=true] .text").count() == 2)
+    leave()
+    until(page, lambda: server.http.get("/v1/stats").json()["running"] == 0)
+    # It is counted a moment after the batch is empty.
+    return any(cancelled(server) == before + 2 for _ in range(100))
+
+
+def test_stop_ends_the_generations_on_the_server_too(page: Page, server: Server) -> None:
+    assert any(both_cancelled(page, server, lambda: page.keyboard.press("Escape")) for _ in range(TRIES))
+    for letter in "AB":
+        expect(column(page, letter)).to_contain_text("Stopped.")
+        expect(fact(column(page, letter), "Ended by")).to_have_text("–")
+    finished(page)
+
+
+def test_a_view_that_is_left_stops_too(page: Page, server: Server) -> None:
+    live = page.get_by_role("link", name="Live")
+    assert any(both_cancelled(page, server, live.click) for _ in range(TRIES))
     expect(page.get_by_role("heading", name="Live")).to_be_visible()
-    for _ in range(1000):
-        if cancelled(server) == before + 2:
-            break
-    assert cancelled(server) == before + 2
 
 
 def test_sliders_change_what_is_asked(page: Page) -> None:

@@ -37,7 +37,10 @@ def server(folder: Path, keys: dict[str, str]) -> Iterator[Server]:
         yield started
 
 
-def use(page: Page, key: str) -> None:
+def use(page: Page, key: str, faults: list[str]) -> None:
+    """In place of the page's question for a key. That it was opened without one is logged before it asks."""
+    expect(page.locator("dialog .refusal")).to_be_visible()
+    faults.clear()
     page.evaluate("key => sessionStorage.setItem('vblora.key', key)", key)
     page.reload()
 
@@ -45,8 +48,7 @@ def use(page: Page, key: str) -> None:
 def test_a_key_that_only_infers_cannot_save(
     page: Page, server: Server, keys: dict[str, str], faults: list[str]
 ) -> None:
-    faults.clear()  # it was opened without a key
-    use(page, keys["infer"])
+    use(page, keys["infer"], faults)
     open_playground(page)
     option(page, "New tokens", "6")
     pick(page, "Adapter of column B", "shout")
@@ -59,20 +61,19 @@ def test_a_key_that_only_infers_cannot_save(
     column(page, "B").get_by_role("button", name="Blend", exact=True).click()
     save = column(page, "B").get_by_role("button", name="Save as an adapter")
     expect(save).to_be_disabled()
-    assert save.get_attribute("title") == "This key may not change adapters."
+    expect(save).to_have_attribute("title", "This key may not change adapters.")
 
 
 def test_a_key_without_the_scope_cannot_run(page: Page, keys: dict[str, str], faults: list[str]) -> None:
-    faults.clear()
-    use(page, keys["admin"])
+    use(page, keys["admin"], faults)
     page.goto("/#/playground")
     button = page.get_by_role("button", name="Run")
     expect(button).to_be_disabled()
-    assert button.get_attribute("title") == "This key may not run requests."
+    expect(button).to_have_attribute("title", "This key may not run requests.")
 
 
 def test_a_wrong_key_is_asked_for_anew(page: Page, server: Server, keys: dict[str, str], faults: list[str]) -> None:
-    use(page, "wrong")
+    use(page, "wrong", faults)
     said = server.http.get("/v1/whoami", headers={"Authorization": "Bearer wrong"}).json()["error"]["message"]
     dialog = page.get_by_role("dialog")
     expect(dialog.locator(".refusal")).to_have_text(said)
@@ -84,8 +85,7 @@ def test_a_wrong_key_is_asked_for_anew(page: Page, server: Server, keys: dict[st
 
 
 def test_the_live_view_says_what_a_tenant_may_not_know(page: Page, keys: dict[str, str], faults: list[str]) -> None:
-    faults.clear()
-    use(page, keys["acme"])
+    use(page, keys["acme"], faults)
     page.goto("/#/live")
     for title in ("Requests", "Tokens per second", "Time to the first token", "Memory"):
         chart = page.locator(".chart", has=page.get_by_role("heading", name=title, exact=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,10 +95,9 @@ def test_the_storage_goes_and_comes_back(folder: Path, tmp_path: Path) -> None:
     with Server(*arguments, data_dir=tmp_path / "data") as server:
         server.upload("mine", folder / "sql")
         expected = tokens(server, adapter="mine")
+        until(lambda: metric(server, "vblora_store_refresh_age_seconds") < 0.5)
         os.rename(objects, away)
-        began = time.monotonic()
         until(lambda: metric(server, "vblora_store_refresh_age_seconds") > 0.5)
-        assert time.monotonic() - began > 0.3
         assert tokens(server, adapter="mine") == expected
         assert server.http.get("/readyz").status_code == 200
         refused = server.upload("more", folder / "style")

@@ -165,12 +165,23 @@ export function errorOf(status: number, body: string, retryAfter: string | null 
     const { error } = JSON.parse(body) as {
       error: { message: string; code: string; param: string | null }
     }
+    if (typeof error.message !== "string") throw new TypeError("not this server's envelope")
     return new ApiError(status, error.code, error.message, error.param, retryAfter)
   } catch {
     const text = body.trim() || "the answer is empty"
     return new ApiError(status, "unknown", `HTTP ${status}: ${text.slice(0, 500)}`, null, retryAfter)
   }
 }
+
+/** Whoever sent it: a proxy, a sign-in page, or a connection that was cut in the middle of an answer. */
+export const brokenAnswer = (): ApiError =>
+  new ApiError(0, "unreachable", "The answer broke off, or is not one of the server's.", null, null)
+
+const isAbort = (error: unknown): boolean => error instanceof DOMException && error.name === "AbortError"
+
+/** Longer than a server takes that is only busy: one that stands still would be waited for without a word. */
+const LOOK_MS = 30_000
+const STATS_MS = 10_000
 
 /** Where the API is: beside the page, under whatever prefix a proxy gave both. */
 export const BASE = new URL(".", location.href)
@@ -196,11 +207,14 @@ export class Client {
     try {
       response = await fetch(this.url(path), { ...init, headers: { ...this.headers, ...init.headers } })
     } catch (error) {
-      if (error instanceof DOMException && error.name === "AbortError") throw error
-      throw new ApiError(0, "unreachable", "The server cannot be reached.", null, null)
+      if (isAbort(error)) throw error
+      const late = error instanceof DOMException && error.name === "TimeoutError"
+      const message = late ? "The server does not answer." : "The server cannot be reached."
+      throw new ApiError(0, "unreachable", message, null, null)
     }
     if (!response.ok) {
-      throw errorOf(response.status, await response.text(), response.headers.get("Retry-After"))
+      const text = await response.text().catch(() => "")
+      throw errorOf(response.status, text, response.headers.get("Retry-After"))
     }
     return response
   }
@@ -213,20 +227,30 @@ export class Client {
       init.headers = { "Content-Type": "application/json" }
     }
     const response = await this.fetch(path, init)
-    return (response.status === 204 ? undefined : await response.json()) as T
+    if (response.status === 204) return undefined as T
+    try {
+      return (await response.json()) as T
+    } catch (error) {
+      throw isAbort(error) ? error : brokenAnswer()
+    }
   }
 
-  version = () => this.json<Version>("GET", "version")
-  whoAmI = () => this.json<WhoAmI>("GET", "v1/whoami")
-  stats = () => this.json<Stats>("GET", "v1/stats")
+  /** Something that is asked for again and again. */
+  look<T>(path: string, withinMs = LOOK_MS): Promise<T> {
+    return this.json<T>("GET", path, undefined, AbortSignal.timeout(withinMs))
+  }
+
+  version = () => this.look<Version>("version")
+  whoAmI = () => this.look<WhoAmI>("v1/whoami")
+  stats = () => this.look<Stats>("v1/stats", STATS_MS)
 
   adapters(limit: number, after: string | null): Promise<{ data: Adapter[]; next: string | null }> {
     const query = new URLSearchParams({ limit: String(limit) })
     if (after !== null) query.set("after", after)
-    return this.json("GET", `v1/adapters?${query}`)
+    return this.look(`v1/adapters?${query}`)
   }
 
-  adapter = (name: string) => this.json<AdapterDetail>("GET", `v1/adapters/${encodeURIComponent(name)}`)
+  adapter = (name: string) => this.look<AdapterDetail>(`v1/adapters/${encodeURIComponent(name)}`)
 
   bank(name: string, columns: number): Promise<BankUsage> {
     return this.json("GET", `v1/adapters/${encodeURIComponent(name)}/bank?columns=${columns}`)

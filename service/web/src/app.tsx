@@ -1,13 +1,17 @@
 import { Header } from "./components/header.tsx"
 import { KeyDialog } from "./components/key.tsx"
 import { Notices } from "./components/notices.tsx"
-import { place } from "./state.ts"
+import { usePolling } from "./polling.ts"
+import { place, reconnect } from "./state.ts"
 import { Adapters } from "./views/adapters.tsx"
 import { AdapterPage } from "./views/adapter.tsx"
 import { Live } from "./views/live.tsx"
 import { Playground } from "./views/playground.tsx"
 
+const AGAIN_MS = 3000
+
 export function App() {
+  usePolling(reconnect, AGAIN_MS)
   return (
     <>
       <a class="skip" href="#main">

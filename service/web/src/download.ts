@@ -1,5 +1,6 @@
 /** Files that the server gives only to a key: fetched, then handed to the browser as a download. */
 
+import { brokenAnswer } from "./api.ts"
 import { client } from "./state.ts"
 
 export const FORMATS = [
@@ -15,7 +16,10 @@ export const formatsOf = (adapter: { storage: string }) =>
 
 export async function exportAdapter(name: string, format: Format): Promise<void> {
   const response = await client.value.fetch(`v1/adapters/${encodeURIComponent(name)}/export?format=${format}`)
-  save(await response.blob(), `${name}-${format}.tar`)
+  const blob = await response.blob().catch(() => {
+    throw brokenAnswer()
+  })
+  save(blob, `${name}-${format}.tar`)
 }
 
 function save(blob: Blob, filename: string): void {

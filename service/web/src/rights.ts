@@ -1,10 +1,17 @@
 /** What the key that asks may not do, and why: the text of a disabled control's title. */
 
-import { mayChange, whoAmI } from "./state.ts"
+import { mayChange, mayInfer, whoAmI } from "./state.ts"
+
+const UNKNOWN = "The server has not said yet what you may do."
+
+export function whyNoRun(): string | null {
+  if (whoAmI.value === null) return UNKNOWN
+  return mayInfer.value ? null : "This key may not run requests."
+}
 
 /** null where it may. */
 export function whyNoChange(): string | null {
-  if (whoAmI.value === null) return "The server has not said yet what you may do."
+  if (whoAmI.value === null) return UNKNOWN
   return mayChange.value ? null : "This key lacks the scope admin, which changing adapters needs."
 }
 

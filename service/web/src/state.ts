@@ -106,6 +106,17 @@ export async function connect(): Promise<void> {
   }
 }
 
+/** Until the page knows the server, which may have been away when it came. What was said of that is not said again. */
+export async function reconnect(): Promise<void> {
+  if (adaptersLoaded.value || keyNeeded.value) return
+  const asked = client.value
+  try {
+    await learn()
+  } catch (error) {
+    if (asked === client.value && error instanceof ApiError && error.status === 401) refuseKey(error.message)
+  }
+}
+
 export async function learn(): Promise<void> {
   const asked = client.value
   const who = await asked.whoAmI()
@@ -121,8 +132,11 @@ export async function learn(): Promise<void> {
   await loadAdapters()
 }
 
+let [lastAsked, lastShown] = [0, 0]
+
 export async function loadAdapters(): Promise<void> {
   const asked = client.value
+  const number = ++lastAsked
   const found: Adapter[] = []
   let after: string | null = null
   do {
@@ -131,6 +145,8 @@ export async function loadAdapters(): Promise<void> {
     after = page.next
   } while (after !== null && found.length < MOST_ADAPTERS)
   if (asked !== client.value) return // somebody else's list
+  if (number < lastShown) return // as it was before something that is already shown
+  lastShown = number
   adapters.value = found
   moreAdapters.value = after !== null
   adaptersLoaded.value = true

@@ -44,7 +44,13 @@ export async function* generate(
     }
     yield JSON.parse(data) as Delta
   }
-  if (!ended) throw new ApiError(0, "unreachable", "The stream broke off before its end.", null, null)
+  if (!ended) brokeOff(null)
+}
+
+/** Whether the connection was cut, or closed too early; but a stream that the reader itself stops is no fault. */
+function brokeOff(error: unknown): never {
+  if (error instanceof DOMException && error.name === "AbortError") throw error
+  throw new ApiError(0, "unreachable", "The stream broke off before its end.", null, null)
 }
 
 /** Events of a stream, as the standard has them: fields a line, an empty line ends one. */
@@ -57,7 +63,7 @@ export async function* events(
   let rest = ""
   try {
     for (;;) {
-      const { done, value } = await reader.read()
+      const { done, value } = await reader.read().catch(brokeOff)
       if (done) return
       const blocks = (rest + value).split(/\r?\n\r?\n/)
       rest = blocks.pop() ?? ""

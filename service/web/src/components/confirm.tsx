@@ -2,6 +2,7 @@
 
 import { signal } from "@preact/signals"
 import { useEffect, useRef } from "preact/hooks"
+import { notify } from "../state.ts"
 
 interface Question {
   title: string
@@ -68,9 +69,12 @@ async function answer(asked: Question): Promise<void> {
   refused.value = null
   try {
     await asked.act()
-    question.value = null
+    if (question.value === asked) question.value = null
   } catch (error) {
-    refused.value = error instanceof Error ? error.message : String(error)
+    const message = error instanceof Error ? error.message : String(error)
+    // Whoever closed the dialog meanwhile, and perhaps asked for something else, is told aside.
+    if (question.value === asked) refused.value = message
+    else notify("error", message)
   } finally {
     working.value = false
   }

@@ -4,6 +4,9 @@ import { useEffect, useRef } from "preact/hooks"
 import { apiKey, connect, keyRefused, useKey } from "../state.ts"
 import { keyDialogOpen } from "./header.tsx"
 
+/** What may stand in a header. Anything else the browser would refuse to send, as if there were no server. */
+const SENDABLE = /^[\x21-\x7e]*$/
+
 export function KeyDialog() {
   const dialog = useRef<HTMLDialogElement>(null)
   const input = useRef<HTMLInputElement>(null)
@@ -18,6 +21,11 @@ export function KeyDialog() {
   const submit = async (event: Event) => {
     event.preventDefault()
     const key = input.current?.value.trim() ?? ""
+    if (!SENDABLE.test(key)) {
+      keyRefused.value =
+        "That is no key: it has letters that no key has. Was all of it copied, and nothing else?"
+      return
+    }
     useKey(key === "" ? null : key)
     keyDialogOpen.value = false
     await connect()

@@ -11,26 +11,35 @@ export function entriesOf(transfer: DataTransfer): (FileSystemEntry | File)[] {
   return items.map((item) => item.webkitGetAsEntry() ?? item.getAsFile()).filter((entry) => entry !== null)
 }
 
-export async function filesOf(entries: readonly (FileSystemEntry | File)[]): Promise<Found[]> {
-  const found: Found[] = []
-  for (const entry of entries) {
-    if (entry instanceof File) found.push({ path: entry.name, file: entry })
-    else await walk(entry, "", 0, found)
-  }
-  return found
+/** `whole`: there were no more files, and no deeper ones. */
+interface Dropped {
+  found: Found[]
+  whole: boolean
 }
 
-async function walk(entry: FileSystemEntry, above: string, level: number, found: Found[]): Promise<void> {
-  if (found.length >= MOST_FILES) return
+export async function filesOf(entries: readonly (FileSystemEntry | File)[]): Promise<Dropped> {
+  const dropped: Dropped = { found: [], whole: true }
+  for (const entry of entries) {
+    if (entry instanceof File) dropped.found.push({ path: entry.name, file: entry })
+    else await walk(entry, "", 0, dropped)
+  }
+  return dropped
+}
+
+async function walk(entry: FileSystemEntry, above: string, level: number, dropped: Dropped): Promise<void> {
+  if (dropped.found.length >= MOST_FILES || level > MOST_LEVELS) {
+    dropped.whole = false
+    return
+  }
   const path = above + entry.name
   if (entry.isFile) {
     const file = await new Promise<File>((resolve, reject) => {
       ;(entry as FileSystemFileEntry).file(resolve, reject)
     })
-    found.push({ path, file })
-  } else if (level < MOST_LEVELS) {
+    dropped.found.push({ path, file })
+  } else {
     for (const child of await children(entry as FileSystemDirectoryEntry)) {
-      await walk(child, `${path}/`, level + 1, found)
+      await walk(child, `${path}/`, level + 1, dropped)
     }
   }
 }

@@ -11,7 +11,7 @@ import { bytes, count } from "../format.ts"
 import { usePolling } from "../polling.ts"
 import { whyNoChange } from "../rights.ts"
 import { adapters, adaptersLoaded, client, keyNeeded, learn, loadAdapters } from "../state.ts"
-import { moreAdapters, refuseKey, whoAmI } from "../state.ts"
+import { moreAdapters, refuseKey, version } from "../state.ts"
 import { ApiError } from "../api.ts"
 import { panelOpen } from "../upload/queue.ts"
 import "./adapters.css"
@@ -27,7 +27,7 @@ async function refresh(): Promise<void> {
   const asked = client.value
   try {
     // A server that was away may be another one now.
-    await (whoAmI.value === null || stale.value !== null ? learn() : loadAdapters())
+    await (version.value === null || stale.value !== null ? learn() : loadAdapters())
     stale.value = null
   } catch (error) {
     if (asked !== client.value) return

@@ -1,5 +1,6 @@
 /** The prompt and its options: what every column is asked. */
 
+import { whyNoRun } from "../../rights.ts"
 import { mayInfer, whoAmI } from "../../state.ts"
 import { run, running, stop } from "../../play/run.ts"
 import type { Options } from "../../play/setup.ts"
@@ -57,10 +58,15 @@ export function Ask() {
 }
 
 function Buttons() {
-  const forbidden = mayInfer.value ? undefined : "This key may not run requests."
+  const forbidden = whyNoRun()
   return (
     <div class="row">
-      <button type="submit" class="primary" disabled={running.value || !mayInfer.value} title={forbidden}>
+      <button
+        type="submit"
+        class="primary"
+        disabled={running.value || forbidden !== null}
+        title={forbidden ?? undefined}
+      >
         Run <kbd>{MAC ? "⌘" : "Ctrl"} ↵</kbd>
       </button>
       <button type="button" disabled={!running.value} onClick={stop}>

@@ -3,7 +3,7 @@
 import { signal } from "@preact/signals"
 import { useEffect } from "preact/hooks"
 import { whyNoChange } from "../../rights.ts"
-import { report } from "../../state.ts"
+import { notify, report } from "../../state.ts"
 import { entriesOf, filesOf } from "../../upload/dropped.ts"
 import { add } from "../../upload/queue.ts"
 
@@ -41,7 +41,14 @@ export function DropZone() {
 
 async function take(transfer: DataTransfer): Promise<void> {
   try {
-    add(await filesOf(entriesOf(transfer)))
+    const { found, whole } = await filesOf(entriesOf(transfer))
+    if (!whole) {
+      notify("error", "Not all of it was looked at: drop the adapters' own directories, or fewer at a time.")
+    } else if (found.length === 0) {
+      notify("error", "There are no files in what was dropped.")
+    }
+    if (found.length === 0) return
+    add(found)
     // One may have scrolled far down when dropping.
     requestAnimationFrame(() => document.querySelector("section.upload")?.scrollIntoView())
   } catch (error) {
