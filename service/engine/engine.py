@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _LOADERS = 2
 _RETRY_AFTER_S = 1
+_LAST_STEP_S = 2.0  # for the step under way to end in order when the engine is stopped
+_STOPPED = "the server stopped before the request was finished"
 _MOST_OVERTAKEN = 64  # a request that waits for memory is let pass by so many later ones, and by no more
 
 
@@ -158,7 +160,7 @@ class BatchEngine:
         return future
 
     def stats(self) -> EngineStats:
-        running = self._worker.running
+        running = [] if self._state is EngineState.DEAD else self._worker.running  # what it left runs no more
         digests = {adapter.digest for sequence in running for adapter in sequence.selection.adapters}
         with self._changed:
             queued = self._queued()
@@ -204,10 +206,14 @@ class BatchEngine:
                 self._state = EngineState.STOPPED
         self._inbox.put(lambda: None)
         with self._stopping:  # two callers may hurry it; one at a time ends what is left
-            if self._thread.is_alive():
+            if self._begun.is_set():
+                self._thread.join(_LAST_STEP_S)
+                if self._thread.is_alive():
+                    log.warning("a step is still under way: its requests are failed without it")
+                self._give_up_all()  # before what may take long, or for ever: a step, a file
                 self._thread.join()
             self._loaders.shutdown(wait=True)
-            self._fail_all("the server stopped before the request was finished")
+            self._fail_all(_STOPPED)
             self._run_commands()  # what the loaders handed over last, so that its pins are given back
 
     def _check_room(self, choices: int) -> None:
@@ -451,9 +457,18 @@ class BatchEngine:
         self._unpin(factors)
 
     def _fail_all(self, message: str) -> None:
+        for job in self._left(message):
+            job.fail("internal_error", message)
+
+    def _give_up_all(self) -> None:
+        """Has everyone told, whatever the other threads are in the middle of."""
+        for job in self._left(_STOPPED):
+            job.give_up("internal_error", _STOPPED)
+
+    def _left(self, message: str) -> list[Job]:
+        """The jobs that have not ended; the folds that have not are answered."""
         with self._changed:
             jobs, folds = list(self._jobs.values()), list(self._folds)
-        for job in jobs:
-            job.fail("internal_error", message)
         for future in folds:
             self._answer_fold(future, EngineUnavailable(message))
+        return jobs

@@ -24,6 +24,7 @@ from service.engine.events import (
     Usage,
 )
 from service.engine.guide import Guide
+from service.engine.outlet import Outlet
 from service.engine.sampler import choice_generator
 from service.engine.selection import Mode
 from service.engine.sequence import GenerationRequest, Sequence, SequenceStatus
@@ -45,11 +46,12 @@ class Choice:
 class Job:
     """Written by the engine's thread alone.
 
-    Except, by the engine's doors under their lock, `overtaken`, and `factors` before the job is handed over.
+    Except, by the engine's doors under their lock, `overtaken`, and `factors` before the job is handed over; and what
+    `give_up` sends.
     """
 
     request: GenerationRequest
-    sink: EventSink
+    outlet: Outlet
     choices: list[Choice]
     submitted: float
     factors: tuple[AdapterFactors, ...] = ()
@@ -96,7 +98,9 @@ class Job:
         if choice.text.stopped:  # a stop string may be complete only in what was held back
             reason = FinishReason.STOP
         logprobs = () if logprob is None else (logprob,)
-        self.sink(TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason))
+        self.outlet.send(
+            TokenEvent(self.request.request_id, choice.sequence.choice, (token_id,), text, logprobs, reason)
+        )
         if reason is not None:
             self._close(choice)
 
@@ -105,11 +109,11 @@ class Job:
         self.prompt_logprobs += logprobs
         if self.is_scoring and len(self.prompt_logprobs) == len(self.request.prompt_ids):
             self.is_scoring = False
-            self.sink(PromptEvent(self.request.request_id, tuple(self.prompt_logprobs)))
+            self.outlet.send(PromptEvent(self.request.request_id, tuple(self.prompt_logprobs)))
 
     def finish_without_tokens(self, choice: Choice) -> None:
         """The end of a choice that was asked for nothing but its prompt."""
-        self.sink(
+        self.outlet.send(
             TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.LENGTH)
         )
         self._close(choice)
@@ -117,14 +121,16 @@ class Job:
     def finish_pooled(self, choice: Choice, pooled: tuple[float, ...]) -> None:
         """The end of a text that was read, with what came of it."""
         self.pooled = pooled
-        self.sink(TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.STOP))
+        self.outlet.send(
+            TokenEvent(self.request.request_id, choice.sequence.choice, (), "", finish_reason=FinishReason.STOP)
+        )
         self._close(choice)
 
     def cancel(self) -> None:
         """Ends every open choice as cancelled."""
         for choice in self.choices:
             if choice.sequence.status is not SequenceStatus.FINISHED:
-                self.sink(
+                self.outlet.send(
                     TokenEvent(
                         self.request.request_id,
                         choice.sequence.choice,
@@ -142,6 +148,13 @@ class Job:
         for sequence in self.sequences:
             sequence.status = SequenceStatus.FINISHED
         self._end(FailedEvent(self.request.request_id, code, message))
+
+    def give_up(self, code: str, message: str) -> None:
+        """From any thread: says that the request has failed, while the engine's thread holds it still.
+
+        Whatever that thread makes of it later, nobody is told.
+        """
+        self._tell(FailedEvent(self.request.request_id, code, message))
 
     def _close(self, choice: Choice) -> None:
         choice.sequence.status = SequenceStatus.FINISHED
@@ -164,13 +177,16 @@ class Job:
     def _end(self, event: FinishedEvent | FailedEvent) -> None:
         assert not self.ended, "a request ended twice"
         self.ended = True
+        self._tell(event)
+        self.on_end(self)
+
+    def _tell(self, last: FinishedEvent | FailedEvent) -> None:
         try:
-            self.sink(event)
+            self.outlet.close(last)
         except Exception:
             # A sink belongs to the caller; its failure must not take the engine's thread down. What it raises for any
             # other event ends the request: an answer with a hole must not look whole.
             log.exception("the event sink of request %s failed", self.request.request_id)
-        self.on_end(self)
 
 
 def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_end: Callable[[Job], None]) -> Job:
@@ -186,4 +202,4 @@ def make_job(request: GenerationRequest, sink: EventSink, decoder: Decoder, on_e
         )
         for i in range(request.n)
     ]
-    return Job(request, sink, choices, now, on_end=on_end)
+    return Job(request, Outlet(sink), choices, now, on_end=on_end)

@@ -299,7 +299,9 @@ def test_every_route_is_of_the_kind_that_it_should_be() -> None:
         "GET /assets/x",
         "HEAD /assets/x",
         "GET /healthz",
+        "HEAD /healthz",
         "GET /readyz",
+        "HEAD /readyz",
         "GET /openapi.json",
     }
 
