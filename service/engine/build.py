@@ -10,9 +10,10 @@ from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
 from service.engine.auto_merge import AutoMerge
 from service.engine.base_model import BaseModelError, LoadedBase
-from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.engine import BatchEngine
 from service.engine.graphs.capture import GraphBackend
 from service.engine.graphs.setup import GraphOptions, attach_graphs
+from service.engine.limits import EngineLimits
 from service.engine.pooling.build import build_pooling_engine
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Limits

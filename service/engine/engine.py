@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import torch
@@ -23,24 +22,20 @@ from adapters.registry import AdapterRegistry
 from service.engine.detokenizer import Decoder
 from service.engine.engine_worker import EngineWorker
 from service.engine.errors import (
-    ContextLengthExceeded,
     EngineUnavailable,
     InvalidRequest,
-    OutputTooLong,
     Overloaded,
-    PromptTooLong,
-    TooManyChoices,
     WrongTask,
 )
 from service.engine.events import EventSink
 from service.engine.failure import failure
 from service.engine.graphs.decode import DecodeGraphs
 from service.engine.job import Job, make_job
+from service.engine.limits import EngineLimits
 from service.engine.owners import shares_of
 from service.engine.seam import EngineState, EngineStats
 from service.engine.selection import Selection
-from service.engine.sequence import GenerationRequest, RowLength, SequenceStatus
-from service.engine.task import Task
+from service.engine.sequence import GenerationRequest, SequenceStatus
 from service.engine.threads import compute_with
 
 log = logging.getLogger(__name__)
@@ -50,30 +45,6 @@ _RETRY_AFTER_S = 1
 _LAST_STEP_S = 2.0  # for the step under way to end in order when the engine is stopped
 _STOPPED = "the server stopped before the request was finished"
 _MOST_OVERTAKEN = 64  # a request that waits for memory is let pass by so many later ones, and by no more
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """`max_context` in tokens, prompt and output together; `max_queue` in choices accepted and not yet running.
-
-    Where an encoder reads the prompts, `max_context` is for those alone and `max_output` for what a decoder writes.
-    """
-
-    max_context: int
-    vocabulary: int
-    max_queue: int = 256
-    task: Task = Task.GENERATE
-    max_output: int | None = None
-
-    def check_length(self, length: RowLength) -> None:
-        """Raises ContextLengthExceeded."""
-        if self.max_output is not None:
-            if length.prompt > self.max_context:
-                raise PromptTooLong(length.prompt, length.output, self.max_context)
-            if length.output > self.max_output:
-                raise OutputTooLong(length.prompt, length.output, self.max_output)
-        elif length.total > self.max_context:
-            raise ContextLengthExceeded(length.prompt, length.output, self.max_context)
 
 
 class BatchEngine:
@@ -136,7 +107,7 @@ class BatchEngine:
 
     def submit(self, requests: Sequence[GenerationRequest], sink: EventSink) -> None:
         choices = sum(request.n for request in requests)
-        self._check_number(choices)
+        self._limits.check_number(choices)
         for request in requests:
             self._check(request)
         jobs = [make_job(request, sink, self._decoder, self._ended) for request in requests]
@@ -231,10 +202,6 @@ class BatchEngine:
         """Choices accepted and not yet running."""
         return sum(s.status is SequenceStatus.WAITING for job in self._jobs.values() for s in job.sequences)
 
-    def _check_number(self, choices: int) -> None:
-        if choices > self._limits.max_queue:
-            raise TooManyChoices(choices=choices, max_queue=self._limits.max_queue)
-
     def _check_ids(self, requests: Sequence[GenerationRequest]) -> None:
         """Under the lock."""
         for request in requests:
@@ -262,12 +229,7 @@ class BatchEngine:
                 "shorten the prompt or ask for fewer tokens",
                 param="prompt",
             )
-        biased = (token for token, _ in request.params.logit_bias)
-        for what, tokens in (("prompt", request.prompt_ids), ("logit_bias", biased)):
-            if not all(0 <= token < self._limits.vocabulary for token in tokens):
-                raise InvalidRequest(
-                    f"{what} holds a token id outside the vocabulary (0 to {self._limits.vocabulary - 1})", param=what
-                )
+        self._limits.check_tokens(request)
 
     def _take_loaded(self, job: Job) -> bool:
         """Hands a job over whose adapters are all in memory: it need not wait behind those that are being loaded."""

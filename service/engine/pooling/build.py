@@ -8,7 +8,8 @@ from adapters.factors import FactorStack
 from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
 from service.engine.base_model import LoadedBase
-from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.engine import BatchEngine
+from service.engine.limits import EngineLimits
 from service.engine.pooling.runner import Readout, embeddings, label_logits
 from service.engine.pooling.self_test import choose_pooling_runner
 from service.engine.pooling.worker import PoolingLimits, PoolingWorker

@@ -10,7 +10,8 @@ from adapters.merge import Merger
 from adapters.registry import AdapterRegistry
 from service.engine.auto_merge import AutoMerge
 from service.engine.base_model import LoadedBase
-from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.engine import BatchEngine
+from service.engine.limits import EngineLimits
 from service.engine.scheduler import Limits
 from service.engine.seq2seq.self_test import choose_seq2seq_runner
 from service.engine.worker import Worker

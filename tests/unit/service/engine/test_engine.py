@@ -12,9 +12,10 @@ import pytest
 from adapters.errors import AdapterNotFound
 from adapters.factors import AdapterFactors
 from service.engine.detokenizer import TextStream
-from service.engine.engine import BatchEngine, EngineLimits
+from service.engine.engine import BatchEngine
 from service.engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, Overloaded, WrongTask
 from service.engine.events import Event, FailedEvent, FinishedEvent, TokenEvent
+from service.engine.limits import EngineLimits
 from service.engine.scheduler import Limits
 from service.engine.seam import BatchShare, EngineState
 from service.engine.selection import SelectedAdapter, Selection
